@@ -1,0 +1,246 @@
+"""Configuration of what is left out, frozen and validated. Imports no torch, so that mistakes are found at once.
+
+A block is `block_size` consecutive tokens of one document, counted from the document's first real token.
+Two ways of leaving blocks out (DESIGN section 1): `backward` leaves the forward pass, and so the loss, exact and
+back-propagates only the kept blocks; `forward` (the paper's) leaves blocks out of a branch altogether.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+PerLayer = float | tuple[float, ...]
+
+
+class Frozen(BaseModel):
+    """Base of every configuration: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class BranchSelection(Frozen):
+    """Which blocks take part in one branch (attention or MLP) of each layer, in `forward` mode.
+
+    Give exactly one of:
+        keep: share of each document's blocks with the highest score, in (0, 1]; a number, or one number per layer.
+        threshold: smallest score that is kept (paper section 4.2); a number, or one number per layer.
+    """
+
+    keep: PerLayer | None = None
+    threshold: PerLayer | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BranchSelection:
+        if (self.keep is None) == (self.threshold is None):
+            raise ValueError("give either keep or threshold, not both and not neither")
+        if self.keep is not None:
+            values = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+            if not values or any(not 0.0 < v <= 1.0 for v in values):
+                raise ValueError("keep must lie in (0, 1] (1 keeps every block)")
+        return self
+
+
+class Segments(Frozen):
+    """The `segments` policy: each document is cut into `spans` equal spans, `drawn` of them are drawn uniformly."""
+
+    spans: int = Field(default=4, ge=1)
+    drawn: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _drawn_at_most_spans(self) -> Segments:
+        if self.drawn > self.spans:
+            raise ValueError(f"drawn ({self.drawn}) can't exceed spans ({self.spans})")
+        return self
+
+
+class SparsityConfig(Frozen):
+    """What `lemo.sparsify` does to a model.
+
+    Args:
+        mode: `backward` (default): the loss is exact, only kept blocks are recomputed and back-propagated.
+            `forward`: the paper's token elimination; lossy. `dense`: nothing is left out, only the loss is segmented.
+        block_size: tokens per block.
+        policy: how `backward` chooses: `energy` (by gradient energy, for data with a prompt), or `segments`
+            (random contiguous spans, for data where every token has a label).
+        fidelity: `energy`: share of the squared gradient norm at each layer's output that the kept blocks must hold,
+            reached per document, in (0, 1]. 1 keeps every block with a nonzero gradient.
+        keep: `energy`: cap on the share of each document's blocks that is kept. `forward`: share of blocks kept in
+            both branches (shorthand for `attention` and `mlp`).
+        labelled: `energy`: `always` keeps blocks that hold labels first, `ranked` lets them compete by energy.
+        kv_grad: `all`: gradients through keys and values reach every token. `kept`: only kept tokens.
+            Default: `all` for `energy`, `kept` for `segments`.
+        segments: the `segments` policy's numbers.
+        attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
+        score: `forward`: `paper` (equations 1-2; sums over later queries, so selection looks ahead) or `causal`
+            (a block's fate is decided by earlier blocks only; thresholds only).
+        tile_mib: byte budget (MiB) of one row tile of the MLP's forward in `backward` mode; 0 turns tiling off,
+            which makes hidden states bitwise those of the unmodified model.
+    """
+
+    mode: Literal["backward", "forward", "dense"] = "backward"
+    block_size: int = Field(default=64, ge=1)
+    policy: Literal["energy", "segments"] = "energy"
+    fidelity: Share = 0.98
+    keep: Share | None = None
+    labelled: Literal["always", "ranked"] = "always"
+    kv_grad: Literal["all", "kept"] | None = None
+    segments: Segments = Segments()
+    attention: BranchSelection | None = None
+    mlp: BranchSelection | None = None
+    score: Literal["paper", "causal"] = "paper"
+    tile_mib: float = Field(default=256.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SparsityConfig:
+        if self.mode == "forward":
+            branches = (self.attention, self.mlp)
+            if self.keep is None and branches == (None, None):
+                raise ValueError(
+                    "mode forward needs keep, or attention and/or mlp with a keep or a threshold"
+                )
+            if self.keep is not None and branches != (None, None):
+                raise ValueError("give keep for both branches, or attention/mlp one by one, not both")
+            if self.score == "causal" and (self.keep is not None or any(b and b.keep for b in branches)):
+                raise ValueError("score causal needs thresholds: a keep (top-k) looks ahead by itself")
+        elif self.attention is not None or self.mlp is not None:
+            raise ValueError(f"attention and mlp belong to mode forward, not {self.mode}")
+        if self.policy == "segments" and self.keep is not None:
+            raise ValueError(
+                "policy segments sets its share by segments.drawn / segments.spans; leave keep out"
+            )
+        if self.policy == "segments" and self.mode != "backward":
+            raise ValueError(f"policy segments belongs to mode backward, not {self.mode}")
+        return self
+
+    @property
+    def kv_gradient(self) -> Literal["all", "kept"]:
+        """`kv_grad` with its default filled in (DESIGN 4.2)."""
+        return self.kv_grad or ("kept" if self.policy == "segments" else "all")
+
+    @property
+    def attention_selection(self) -> BranchSelection | None:
+        """What `forward` mode does in the attention branch; None is dense."""
+        return BranchSelection(keep=self.keep) if self.keep is not None else self.attention
+
+    @property
+    def mlp_selection(self) -> BranchSelection | None:
+        """What `forward` mode does in the MLP branch; None is dense."""
+        return BranchSelection(keep=self.keep) if self.keep is not None else self.mlp
+
+
+class ModelConfig(Frozen):
+    """Which model to fine-tune.
+
+    Args:
+        name: `smollm2-135m-instruct` (embedded), a local directory, or a Hugging Face hub name.
+        dtype: of the frozen weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
+        attention: transformers' attention implementation for the dense forward.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class LoraConfig(Frozen):
+    """PEFT's LoRA: rank, scale numerator, dropout, and `all-linear` or names of linears."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class DataConfig(Frozen):
+    """Where documents come from and how they become training sequences.
+
+    Args:
+        train: `stdlib` (Python's own library sources), a folder, a file, or a glob. `.jsonl` files hold one
+            object a line with `text`, `prompt` + `completion`, or `messages`; any other file is one document.
+        heldout: documents for evaluation, same forms. None splits `train` by a hash of each document's name.
+        heldout_share: share of documents the hash sends to held-out, when `heldout` is None.
+        max_tokens: longest training sequence (tokens).
+        completion_tokens: for plain text and code: the document's last so many tokens are labelled, the rest is
+            prompt; 0 labels every token. `prompt`/`completion` and `messages` carry their own labels.
+        min_tokens: documents under this are dropped; 0 keeps all.
+        overflow: what happens to a document over `max_tokens`: `error`; `truncate` keeps its last `max_tokens`;
+            `split` cuts it into consecutive sequences; `drop`.
+        packing: several documents in one sequence of at most `max_tokens`, never attending across documents.
+        max_documents: take at most so many training documents (in a seeded order); None takes all.
+    """
+
+    train: str = "stdlib"
+    heldout: str | None = None
+    heldout_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    max_tokens: int = Field(default=4096, ge=2)
+    completion_tokens: int = Field(default=0, ge=0)
+    min_tokens: int = Field(default=0, ge=0)
+    overflow: Literal["error", "truncate", "split", "drop"] = "error"
+    packing: bool = False
+    max_documents: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> DataConfig:
+        if self.completion_tokens >= self.max_tokens:
+            raise ValueError("completion_tokens must be smaller than max_tokens (0 labels every token)")
+        if self.min_tokens > self.max_tokens and self.overflow == "drop":
+            raise ValueError("min_tokens over max_tokens with overflow drop leaves no document")
+        return self
+
+
+class TrainingConfig(Frozen):
+    """The optimisation, handed to transformers.Trainer.
+
+    Args:
+        steps: optimizer steps.
+        learning_rate, warmup_steps, scheduler, weight_decay, max_grad_norm: as in transformers.TrainingArguments.
+        batch_size: sequences per device and forward pass.
+        accumulation: forward passes per optimizer step.
+        gradient_checkpointing: recompute activations, in `dense` and `forward` mode (`backward` always does).
+        save_every: optimizer steps between checkpoints; 0 saves none.
+        keep_checkpoints: newest checkpoints kept.
+        seed: of LoRA's initial weights, data order, dropout and segment draws.
+    """
+
+    steps: int = Field(default=100, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warmup_steps: int = Field(default=5, ge=0)
+    scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = True
+    save_every: int = Field(default=50, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class EvaluationConfig(Frozen):
+    """Dense evaluation before and after training.
+
+    Args:
+        documents: held-out documents evaluated (all, if fewer); 0 skips the evaluation.
+        buckets: position buckets for loss by position.
+        sample_tokens: tokens of greedy completion shown before and after; 0 shows none.
+    """
+
+    documents: int = Field(default=16, ge=0)
+    buckets: int = Field(default=8, ge=1)
+    sample_tokens: int = Field(default=64, ge=0)
+
+
+class RunConfig(Frozen):
+    """One run of `lemo finetune`: a YAML file plus `--set key=value`."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    output: str = "runs/default"

@@ -1,0 +1,265 @@
+"""Reading and writing a run's configuration: YAML over defaults, `--set key=value` over YAML. No torch here.
+
+Every mistake is a `UserError` that names where the key was given, the key, its value, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lemo.config import Frozen, RunConfig
+from lemo.errors import UserError
+
+DEFAULT_CONFIG = "default.yaml"
+
+# pydantic's error type -> what is allowed instead; {…} is filled from the error's context.
+_ALLOWED = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be smaller than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be one of {expected}",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text (quote it if it looks like a number)",
+    "tuple_type": "must be a list, as in [a, b]",
+    "model_type": "must be a section of keys, as in {{key: value}}",
+    "model_attributes_type": "must be a section of keys, as in {{key: value}}",
+}
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    output: str | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """The resolved configuration of a run.
+
+    Args:
+        path: YAML file laid over `RunConfig`'s defaults. Without it and without `data`, the packaged job.
+        data, model, output: the flags of those names; they win over the file.
+        overrides: `key=value`, dotted key and YAML value, as in `sparsity.fidelity=0.9`; they win over all.
+
+    Raises:
+        UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
+    """
+    values: dict[str, Any] = {}
+    source = "configuration"
+    if path is not None:
+        source = str(path)
+        values = _read_yaml(_read(path), source)
+    elif data is None:
+        source = f"lemo's {DEFAULT_CONFIG}"
+        values = _read_yaml(files("lemo").joinpath(DEFAULT_CONFIG).read_text(encoding="utf-8"), source)
+    _refuse_unknown(values, RunConfig, source)
+
+    given: dict[str, str] = {}
+    for flag, key, value in (
+        ("--data", "data.train", data),
+        ("--model", "model.name", model),
+        ("--output", "output", output),
+    ):
+        if value is not None:
+            _put(values, key, value, flag)
+            given[key] = flag
+    for override in overrides:
+        key, value = _parse_override(override)
+        _refuse_unknown(_nested(key, value), RunConfig, f"--set {override}")
+        _put(values, key, value, f"--set {override}")
+        given[key] = f"--set {override}"
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(error.errors(), source, given))) from error
+
+
+def save_resolved(config: RunConfig, path: Path) -> None:
+    """Writes every setting of the run as YAML that `load_config` reads back to an equal configuration."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def known_keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every setting."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--config {path}: no such file; leave --config out to run the built-in example"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: can't be read as UTF-8 text ({error})") from error
+
+
+def _read_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{source}{_line_of(error)}: not valid YAML ({_reason(error)}); correct it there"
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: must hold sections of keys such as 'data:', not {type(values).__name__}")
+    return values
+
+
+def _line_of(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f":{mark.line + 1}"
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or " ".join(str(error).split())
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override}: write key=value, as in --set sparsity.fidelity=0.9")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--set {override}: the value is not valid YAML ({_reason(error)}); quote it"
+        ) from error
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _put(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *sections, last = key.split(".")
+    for depth, name in enumerate(sections):
+        inner = values.get(name)
+        if inner is None:
+            inner = values[name] = {}
+        elif not isinstance(inner, dict):
+            raise UserError(
+                f"{source}: {'.'.join(sections[: depth + 1])} is {inner!r}, which has no keys of its own"
+            )
+        values = inner
+    values[last] = value
+
+
+def _refuse_unknown(values: Mapping[Any, Any], section: type[Frozen], source: str, prefix: str = "") -> None:
+    for key, value in values.items():
+        field = section.model_fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            raise UserError(f"{source}: unknown key {prefix}{key}{_suggest(str(key), section, prefix)}")
+        inner = _section_of(field.annotation)
+        if isinstance(value, Mapping):
+            if inner is None:
+                inside = repr(next(iter(value), ""))
+                raise UserError(f"{source}: {prefix}{key} takes a single value, no keys such as {inside}")
+            _refuse_unknown(value, inner, source, f"{prefix}{key}.")
+
+
+def _suggest(key: str, section: type[Frozen], prefix: str) -> str:
+    siblings = get_close_matches(key, section.model_fields, n=1)
+    if siblings:
+        return f"; did you mean {prefix}{siblings[0]}?"
+    everywhere = {name.rpartition(".")[2]: name for name in known_keys()}
+    leaf = get_close_matches(key, everywhere, n=1)
+    if leaf:
+        return f"; did you mean {everywhere[leaf[0]]}?"
+    return f"; {prefix.rstrip('.') or 'the top level'} has {', '.join(section.model_fields)}"
+
+
+def _section_of(annotation: Any) -> type[Frozen] | None:
+    """The configuration class an annotation stands for, also inside `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Frozen):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            if (section := _section_of(argument)) is not None:
+                return section
+    return None
+
+
+def _explain(errors: list[ErrorDetails], source: str, given: Mapping[str, str]) -> list[str]:
+    """One text a key: where it was given, the key, its value, what is allowed (joined by `or`)."""
+    allowed: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for error in errors:
+        key, exact = _key_of(error["loc"])
+        texts = allowed.setdefault(key, [])
+        if (text := _allowed(error)) not in texts:
+            texts.append(text)
+        # Inside a list the input is one element; the whole value isn't known here.
+        values[key] = error["input"] if exact else values.get(key, error["input"])
+    return [
+        f"{_source_of(key, source, given)}: {key}{_shown(values[key])} {' or '.join(texts)}".replace(
+            ": :", ":"
+        )
+        for key, texts in allowed.items()
+    ]
+
+
+def _source_of(key: str, source: str, given: Mapping[str, str]) -> str:
+    # A rule between settings is reported for their section: then any flag inside the section is to blame.
+    for name, flag in given.items():
+        if name == key or name.startswith(f"{key}.") or key.startswith(f"{name}."):
+            return flag
+    return source
+
+
+def _key_of(loc: tuple[int | str, ...]) -> tuple[str, bool]:
+    """The dotted setting an error's location lies in, and whether the location is the setting itself."""
+    section: type[Frozen] | None = RunConfig
+    names: list[str] = []
+    for part in loc:
+        field = section.model_fields.get(part) if section is not None and isinstance(part, str) else None
+        if field is None:
+            break
+        names.append(str(part))
+        section = _section_of(field.annotation)
+    return ".".join(names), len(names) == len(loc)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (Mapping, Frozen)):
+        return ":"
+    return " = null:" if value is None else f" = {value!r}:"
+
+
+def _allowed(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    context = dict(error.get("ctx", {}))
+    if error["type"] == "literal_error":
+        context["expected"] = str(context.get("expected", "")).replace("'", "")
+    template = _ALLOWED.get(error["type"])
+    return error["msg"] if template is None else template.format(**context)

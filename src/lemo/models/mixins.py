@@ -1,0 +1,228 @@
+"""What a sparsified model's instances do differently: three mixins, one each for CausalLM, decoder and decoder layer.
+
+`lemo.models.surgery` puts a mixin in front of an instance's own class; nothing of transformers is copied or patched.
+The decoder notes where documents lie, the layers run sparsely, the CausalLM computes the segmented loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lemo.loss import segmented_cross_entropy
+from lemo.models.runtime import BatchState, Runtime, flag
+from lemo.models.view import ArchitectureView
+from lemo.selection.layout import build_layout
+from lemo.sparse import backward, forward
+from lemo.sparse.view import Rotary
+
+logger = logging.getLogger("lemo")
+
+RUNTIME = "_lemo_runtime"
+VIEW = "_lemo_view"
+INDEX = "_lemo_index"
+PACKS = "_lemo_packs"
+
+
+def wants_sparsity(module: nn.Module, runtime: Runtime) -> bool:
+    """Whether this call leaves tokens out: in training, or in evaluation where sparse evaluation was asked for."""
+    mode = runtime.config.mode
+    if mode == "backward":
+        return module.training and torch.is_grad_enabled()
+    return mode == "forward" and (module.training or runtime.sparse_in_eval)
+
+
+class SparseCausalLM:
+    """Computes the segmented loss when training with labels; everything else is the unmodified model."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cls_forward = super().forward  # type: ignore[misc]
+        arguments = _named(cls_forward, args, kwargs)
+        labels, shifted = arguments.pop("labels", None), arguments.pop("shift_labels", None)
+        if not self.training or (labels is None and shifted is None):
+            return cls_forward(*args, **kwargs)
+        if _is_set(arguments.pop("logits_to_keep", 0)):
+            raise ValueError(
+                "logits_to_keep and labels can't be combined in training; leave logits_to_keep out"
+            )
+        num_items = arguments.pop("num_items_in_batch", None)
+        runtime: Runtime = getattr(self, RUNTIME)
+        with flag(runtime, "own_loss", True):
+            outputs = self.base_model(**arguments)
+        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
+        if shifted is None:
+            # A row predicts its successor; the last of a sequence predicts nothing.
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        targets = shifted.flatten().to(hidden_ND.device)
+        loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)
+        return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
+
+
+def _loss(hidden_ND: Tensor, head: nn.Module, targets: Tensor, num_items: Any, runtime: Runtime) -> Tensor:
+    """Mean loss over the labels, or the `segments` policy's unbiased estimate of it from the drawn spans."""
+    state = runtime.state
+    spans = None if state is None or state.dense else state.spans
+    if spans is None:
+        return segmented_cross_entropy(hidden_ND, head, targets, num_items=num_items)
+    if num_items is None:
+        num_items = (targets != -100).sum().clamp(min=1)
+    parts = [
+        weight
+        * segmented_cross_entropy(
+            hidden_ND, head, targets.where(spans.weight == weight, -100), num_items=num_items
+        )
+        for weight in spans.weights
+    ]
+    return torch.stack(parts).sum()
+
+
+class SparseDecoder:
+    """Notes documents and blocks of the batch before the layers run."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cls_forward = super().forward  # type: ignore[misc]
+        runtime: Runtime = getattr(self, RUNTIME)
+        if not wants_sparsity(self, runtime):
+            runtime.state = None
+            return cls_forward(*args, **kwargs)
+        arguments = _named(cls_forward, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "a sparsified model can't train on a filled key/value cache; pass past_key_values=None"
+            )
+        arguments.update(past_key_values=None, use_cache=False)
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        layout = build_layout(
+            tokens.shape[0], tokens.shape[1], runtime.config.block_size, tokens.device, mask, positions
+        )
+        runtime.begin(layout, self.training)
+        if layout.packed and not getattr(self, PACKS):
+            arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
+        return cls_forward(**arguments)
+
+
+def document_mask(
+    documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype
+) -> Tensor:
+    """Causal mask [B, 1, T, T] that isolates packed documents, for architectures whose own masks don't.
+
+    Bool for sdpa, additive otherwise, as transformers builds its own.
+
+    Raises:
+        ValueError: the attention implementation takes no explicit mask.
+    """
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"packed documents of this architecture need attn_implementation 'sdpa' or 'eager', not '{implementation}'"
+        )
+    B, T = tokens.shape[:2]
+    document = torch.empty(B * T, dtype=torch.int64)
+    for index, (first, end) in enumerate(documents):
+        document[first:end] = index
+    document = document.view(B, T).to(tokens.device)
+    allowed = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    if implementation == "sdpa":
+        return allowed
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+class SparseLayer:
+    """Runs one decoder layer with blocks left out."""
+
+    # transformers' layer wrapper would checkpoint a layer that already stores its input only, and run it twice; so
+    # it reads False here, and `forward` mode checkpoints by itself.
+    @property
+    def gradient_checkpointing(self: Any) -> bool:
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self: Any, value: bool) -> None:
+        self.__dict__["gradient_checkpointing"] = value
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cls_forward = super().forward  # type: ignore[misc]
+        runtime: Runtime = getattr(self, RUNTIME)
+        state = runtime.state
+        if state is None or not wants_sparsity(self, runtime):
+            return cls_forward(hidden_states, *args, **kwargs)
+        if args:
+            kwargs = _named(functools.partial(cls_forward, hidden_states), args, kwargs)
+        if runtime.config.mode == "backward":
+            return _run_backward(self, hidden_states, state, cls_forward, kwargs)
+
+        def run(hidden: Tensor) -> Tensor:
+            if state.dense:
+                return cls_forward(hidden, **kwargs)
+            return forward.run_layer(
+                hidden, view, state.layout, rotary, runtime.config, getattr(self, INDEX), plans
+            )
+
+        view: ArchitectureView = getattr(self, VIEW)
+        rotary = _rotary(kwargs, state)
+        plans = forward.ForwardPlans()
+        checkpointed = (
+            self.__dict__.get("gradient_checkpointing", False) and self.training and torch.is_grad_enabled()
+        )
+        out = self._gradient_checkpointing_func(run, hidden_states) if checkpointed else run(hidden_states)
+        if plans.attention is not None and plans.mlp is not None:
+            runtime.record(getattr(self, INDEX), plans.attention, plans.mlp)
+        return out
+
+
+def _run_backward(
+    layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]
+) -> Tensor:
+    runtime: Runtime = getattr(layer, RUNTIME)
+    view: ArchitectureView = getattr(layer, VIEW)
+    index: int = getattr(layer, INDEX)
+    # From torch's stream, so that `torch.manual_seed` and checkpointed random states reproduce the masks.
+    seed = int(torch.randint(2**31, ())) if view.has_dropout else None
+    call = backward.BackwardCall(
+        view=view,
+        layout=state.layout,
+        choose=functools.partial(runtime.choose, state, index),
+        dense=lambda x: cls_forward(x, **kwargs),
+        attend=lambda x: view.attention(x, **kwargs),
+        rotary=_rotary(kwargs, state),
+        kv_all=state.dense or runtime.config.kv_gradient == "all",
+        tile_bytes=int(runtime.config.tile_mib * 2**20),
+        seed=seed,
+    )
+    return backward.run_layer(hidden, call)
+
+
+def _rotary(kwargs: dict[str, Any], state: BatchState) -> Rotary:
+    """(cos, sin) of all B·T rows; transformers may give them for one sequence, broadcast over the batch."""
+    pair = kwargs.get("position_embeddings")
+    if pair is None:
+        return None
+    B, T = state.layout.shape
+    cos, sin = (x.expand(B, T, x.shape[-1]).reshape(B * T, -1) for x in pair)
+    return cos, sin
+
+
+def _named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, a `**kwargs` parameter's merged in."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+def _is_set(logits_to_keep: Any) -> bool:
+    return not (isinstance(logits_to_keep, int) and logits_to_keep == 0)

@@ -1,0 +1,159 @@
+"""What a sparsified model shares between its layers: configuration, the current batch's layout, draws and statistics."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.config import SparsityConfig
+from lemo.selection.energy import block_energy, select_by_energy
+from lemo.selection.ranking import plan_from_blocks
+from lemo.selection.spans import DrawnSpans, draw_spans
+from lemo.types import SequenceLayout, StepStats, TokenPlan
+
+
+@dataclass
+class BatchState:
+    """One forward pass of the model, held by its layers until their backward.
+
+    Attributes:
+        layout: documents and blocks.
+        spans: what the `segments` policy drew, else None.
+        labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
+        dense: whether everything is kept (`lemo.models.dense`).
+    """
+
+    layout: SequenceLayout
+    spans: DrawnSpans | None = None
+    labelled: Tensor | None = None
+    dense: bool = False
+
+
+@dataclass
+class Runtime:
+    """Per-model state; see `lemo.models.get_runtime`.
+
+    Attributes:
+        config: what `sparsify` was given.
+        layers: number of decoder layers.
+        last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
+        last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
+    """
+
+    config: SparsityConfig
+    layers: int
+    last_plans: dict[tuple[int, str], TokenPlan] = field(default_factory=dict)
+    last_spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+    state: BatchState | None = None
+    sparse_in_eval: bool = False
+    dense_only: bool = False
+    # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
+    own_loss: bool = False
+    generator: random.Random = field(default_factory=lambda: random.Random(0))
+    _keeps: dict[tuple[int, str], list[float]] = field(default_factory=dict)
+    _fidelities: dict[int, list[float]] = field(default_factory=dict)
+
+    def seed(self, seed: int) -> None:
+        """Seeds the draws of the `segments` policy."""
+        self.generator.seed(seed)
+
+    def begin(self, layout: SequenceLayout, training: bool) -> BatchState:
+        """Starts a forward pass.
+
+        Raises:
+            ValueError: the `segments` policy is on, and the loss isn't computed by the sparsified model.
+        """
+        self.state = BatchState(layout, dense=self.dense_only)
+        if training and self.config.policy == "segments" and not self.dense_only:
+            if not self.own_loss:
+                raise ValueError(
+                    "policy='segments' draws spans and weights their loss, but this loss is computed outside the "
+                    "model (TRL's SFTTrainer uses its own fused head). Use transformers.Trainer or `lemo finetune`, "
+                    "which pass labels to the model, or choose policy='energy'"
+                )
+            self.state.spans = draw_spans(layout, self.config.segments, self.generator)
+            self.last_spans = self.state.spans.ranges
+        return self.state
+
+    def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:
+        """The plan of one layer in `backward` mode, from the gradient at its output."""
+        if state.spans is not None and not state.dense:
+            plan = state.spans.plan
+        elif state.dense:
+            blocks = state.layout.block_tokens.numel()
+            plan = plan_from_blocks(
+                torch.ones(blocks, dtype=torch.bool, device=grad_BTD.device), state.layout, 1.0
+            )
+        else:
+            energy = block_energy(grad_BTD, state.layout)
+            if state.labelled is None:
+                # The first layer to run backward is the last: only rows that enter the loss have a gradient there.
+                state.labelled = energy != 0
+            plan = select_by_energy(
+                energy,
+                state.layout,
+                self.config.fidelity,
+                self.config.keep,
+                state.labelled if self.config.labelled == "always" else None,
+            )
+        self.record(layer, plan, plan)
+        return plan
+
+    def record(self, layer: int, attention: TokenPlan, mlp: TokenPlan) -> None:
+        """Notes a layer's plans for `collect`."""
+        for branch, plan in (("attention", attention), ("mlp", mlp)):
+            self.last_plans[layer, branch] = plan
+            self._keeps.setdefault((layer, branch), []).append(plan.keep)
+        if attention.fidelity is not None:
+            self._fidelities.setdefault(layer, []).append(attention.fidelity)
+
+    def collect(self) -> StepStats:
+        """Averages since the last call, then starts anew."""
+
+        def mean(values: list[float] | None, otherwise: Any) -> Any:
+            return sum(values) / len(values) if values else otherwise
+
+        stats = StepStats(
+            keep=tuple(
+                (mean(self._keeps.get((i, "attention")), 1.0), mean(self._keeps.get((i, "mlp")), 1.0))
+                for i in range(self.layers)
+            ),
+            fidelity=tuple(mean(self._fidelities.get(i), None) for i in range(self.layers)),
+        )
+        self._keeps.clear()
+        self._fidelities.clear()
+        return stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """lemo's own random state, JSON-able."""
+        version, internal, gauss = self.generator.getstate()
+        return {"generator": [version, list(internal), gauss]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`.
+
+        Raises:
+            ValueError: the state isn't one that `state_dict` wrote.
+        """
+        try:
+            version, internal, gauss = state["generator"]
+            self.generator.setstate((version, tuple(internal), gauss))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a lemo runtime state: {error}; resume from another checkpoint") from error
+
+
+@contextmanager
+def flag(runtime: Runtime, name: str, value: bool) -> Iterator[None]:
+    """Sets a switch of the runtime for a while."""
+    before = getattr(runtime, name)
+    setattr(runtime, name, value)
+    try:
+        yield
+    finally:
+        setattr(runtime, name, before)

@@ -1,0 +1,168 @@
+"""`sparsify` and `restore`: an instance's class is swapped for a subclass of it, and swapped back (DESIGN 4.7).
+
+State-dict keys, hooks, PEFT wrapping and checkpointing stay as they are; the subclass keeps the class's name, which
+FSDP wrapping and `save_pretrained` look up. Rejected: per-model copies of modeling files, global monkey-patches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lemo.config import BranchSelection, SparsityConfig
+from lemo.models.architectures import Architecture, architecture_of
+from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseCausalLM, SparseDecoder, SparseLayer
+from lemo.models.runtime import Runtime, flag
+from lemo.models.view import ArchitectureView
+
+_ATTRIBUTES = (RUNTIME, VIEW, INDEX, PACKS)
+
+
+def sparsify(model: Any, config: SparsityConfig) -> Any:
+    """Makes a model leave blocks of tokens out while it trains.
+
+    Works in place on a transformers CausalLM, or on a PEFT model around one, before or after wrapping. In training
+    mode a call with labels returns the segmented loss and no logits; in evaluation mode the model is unmodified.
+
+    Args:
+        model: CausalLM or PEFT model.
+        config: what to leave out.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: unsupported architecture (lists the supported ones), not a CausalLM, already sparsified, or
+            per-layer settings whose length isn't the number of layers.
+    """
+    causal_lm = _causal_lm(model)
+    if get_runtime(model) is not None:
+        raise ValueError("this model is already sparsified; call lemo.restore(model) first")
+    row = architecture_of(causal_lm.config.model_type)
+    decoder = causal_lm.get_submodule(row.decoder)
+    layers = list(decoder.layers)
+    for name in ("attention", "mlp"):
+        _check_per_layer(name, getattr(config, name), len(layers))
+    runtime = Runtime(config, len(layers))
+    setattr(causal_lm, RUNTIME, runtime)
+    _swap(causal_lm, SparseCausalLM)
+    if config.mode != "dense":
+        setattr(decoder, RUNTIME, runtime)
+        setattr(decoder, PACKS, row.packs)
+        _swap(decoder, SparseDecoder)
+        for index, layer in enumerate(layers):
+            _sparsify_layer(layer, index, row, runtime)
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Undoes `sparsify` exactly, in place, and returns the model.
+
+    Raises:
+        ValueError: the model isn't sparsified.
+    """
+    if get_runtime(model) is None:
+        raise ValueError("this model isn't sparsified; there is nothing to restore")
+    for module in _causal_lm(model).modules():
+        if RUNTIME in module.__dict__:
+            module.__class__ = type(module).__mro__[2]
+            for name in _ATTRIBUTES:
+                module.__dict__.pop(name, None)
+    return model
+
+
+def get_runtime(model: Any) -> Runtime | None:
+    """A sparsified model's runtime (statistics, plans, random state), None for any other model."""
+    for module in model.modules():
+        runtime = module.__dict__.get(RUNTIME)
+        if runtime is not None:
+            return runtime
+    return None
+
+
+@contextmanager
+def dense(model: Any) -> Iterator[None]:
+    """Inside, a sparsified model trains with every token kept: exact gradients, still at one stored tensor a layer."""
+    with flag(_runtime(model), "dense_only", True):
+        yield
+
+
+@contextmanager
+def sparse_evaluation(model: Any) -> Iterator[None]:
+    """Inside, `forward` mode leaves blocks out in evaluation mode too; the default is the dense model."""
+    with flag(_runtime(model), "sparse_in_eval", True):
+        yield
+
+
+def backbone_hidden(model: Any, **inputs: Any) -> tuple[Tensor, nn.Module]:
+    """Hidden states after the final norm, [B, T, D], and the module that maps them to logits.
+
+    Args:
+        model: a supported CausalLM, sparsified or not, or a PEFT model around one.
+        inputs: as for the model, without labels.
+    """
+    causal_lm = _causal_lm(model)
+    return causal_lm.base_model(
+        **inputs, use_cache=False
+    ).last_hidden_state, causal_lm.get_output_embeddings()
+
+
+def _runtime(model: Any) -> Runtime:
+    runtime = get_runtime(model)
+    if runtime is None:
+        raise ValueError("this model isn't sparsified; call lemo.sparsify(model, config) first")
+    return runtime
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers CausalLM inside whatever wraps it (PEFT, DDP)."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
+        raise ValueError(
+            f"lemo needs a transformers causal language model or a PEFT model around one, got {type(inner).__name__}; "
+            "load it with AutoModelForCausalLM"
+        )
+    return inner
+
+
+def _sparsify_layer(layer: Any, index: int, row: Architecture, runtime: Runtime) -> None:
+    setattr(layer, RUNTIME, runtime)
+    setattr(layer, VIEW, ArchitectureView(layer, row))
+    setattr(layer, INDEX, index)
+    _swap(layer, SparseLayer)
+
+
+def _swap(module: nn.Module, mixin: type) -> None:
+    module.__class__ = _subclass(type(module), mixin)
+
+
+@functools.cache
+def _subclass(cls: type, mixin: type) -> type:
+    """`cls` with `mixin` in front, under the same name, module and forward signature."""
+
+    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "forward": forward,
+    }
+    return type(cls.__name__, (mixin, cls), names)
+
+
+def _check_per_layer(name: str, selection: BranchSelection | None, layers: int) -> None:
+    for kind in ("keep", "threshold"):
+        value = getattr(selection, kind, None)
+        if isinstance(value, tuple) and len(value) != layers:
+            raise ValueError(
+                f"{name}.{kind} has {len(value)} numbers and the model {layers} layers; give one a layer"
+            )

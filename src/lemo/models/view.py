@@ -1,0 +1,141 @@
+"""A decoder layer taken apart by its architecture's row; implements `lemo.sparse.view.LayerView`.
+
+Modules are looked up at each call, because PEFT replaces linears after a model has been sparsified.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lemo.models.architectures import Architecture
+from lemo.sparse.view import Rotary
+
+
+class ArchitectureView:
+    """See `LayerView` for shapes and meaning."""
+
+    def __init__(self, layer: nn.Module, row: Architecture) -> None:
+        self.module = layer
+        self.row = row
+
+    def _part(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    @property
+    def _attention(self) -> Any:
+        return getattr(self.module, self.row.attention)
+
+    @property
+    def _mlp_home(self) -> Any:
+        return self.module if self.row.mlp is None else getattr(self.module, self.row.mlp)
+
+    @property
+    def post_norm(self) -> bool:
+        return self.row.pre_norm_flag is not None and not self._part(self.row.pre_norm_flag)
+
+    @property
+    def scaling(self) -> float:
+        return 1.0 if self.row.scale_query else float(self._attention.scaling)
+
+    @property
+    def window(self) -> int | None:
+        attention = self._attention
+        config = attention.config
+        # Qwen2/Qwen3 decide per layer and store the result; Mistral reads its config.
+        return (
+            attention.sliding_window
+            if hasattr(attention, "sliding_window")
+            else getattr(config, "sliding_window", None)
+        )
+
+    @property
+    def attention_dropout(self) -> float:
+        attention = self._attention
+        p = getattr(attention, "attention_dropout", None)
+        return float(attention.dropout if p is None else p) if attention.training else 0.0
+
+    @property
+    def hidden_dropout(self) -> float:
+        p = 0.0 if self.row.hidden_dropout is None else self._part(self.row.hidden_dropout)
+        return float(p) if self.module.training else 0.0
+
+    @property
+    def has_dropout(self) -> bool:
+        return (
+            self.attention_dropout > 0.0
+            or self.hidden_dropout > 0.0
+            or any(isinstance(m, nn.Dropout) and m.training and m.p > 0.0 for m in self.module.modules())
+        )
+
+    @property
+    def mlp_row_bytes(self) -> int:
+        up = getattr(self._mlp_home, self.row.up)
+        # up, gate, their product and the activation live at once.
+        return 4 * up.out_features * up.weight.element_size()
+
+    def attention(self, normed_BTD: Tensor, **kwargs: Any) -> Tensor:
+        """The unmodified attention module's output (and hidden dropout), as the layer calls it."""
+        return self._drop(self._attention(hidden_states=normed_BTD, **kwargs)[0])
+
+    def attention_norm(self, hidden_ND: Tensor) -> Tensor:
+        return self._part(self.row.attention_norm)(hidden_ND)
+
+    def mlp_norm(self, hidden_ND: Tensor) -> Tensor:
+        return self._part(self.row.mlp_norm)(hidden_ND)
+
+    def _heads(self, projected: Tensor, norm: str | None) -> Tensor:
+        attention = self._attention
+        heads = projected.view(projected.shape[0], -1, attention.head_dim)
+        return (heads if norm is None else getattr(attention, norm)(heads)).transpose(0, 1)
+
+    def _rotate(self, heads_HNd: Tensor, rotary: Rotary) -> Tensor:
+        if rotary is None:
+            return heads_HNd
+        cos, sin = rotary
+        # transformers rotates a pair; the model's own function keeps its variant of RoPE.
+        rotate = import_module(type(self._attention).__module__).apply_rotary_pos_emb
+        return rotate(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
+
+    def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
+        attention = self._attention
+        projected = getattr(attention, self.row.query)(normed_ND)
+        if self.row.scale_query:
+            projected = projected * attention.scaling
+        return self._rotate(self._heads(projected, self.row.query_norm), rotary)
+
+    def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        attention = self._attention
+        key = self._heads(getattr(attention, self.row.key)(normed_ND), self.row.key_norm)
+        value = self._heads(getattr(attention, self.row.value)(normed_ND), None)
+        return self._rotate(key, rotary), value
+
+    def attention_output(self, context_NHd: Tensor) -> Tensor:
+        out = getattr(self._attention, self.row.output)(context_NHd)
+        return self._drop(out)
+
+    def mlp(self, normed_ND: Tensor) -> Tensor:
+        if self.row.mlp is not None:
+            return self._drop(self._part(self.row.mlp)(normed_ND))
+        activation = self._part(self.row.activation)
+        hidden = activation(self._part(self.row.up)(normed_ND))
+        return self._drop(self._part(self.row.down)(hidden))
+
+    def mlp_activity(self, normed_ND: Tensor) -> Tensor:
+        home = self._mlp_home
+        activation = getattr(home, self.row.activation)
+        up = getattr(home, self.row.up)(normed_ND)
+        active = (
+            activation(up)
+            if self.row.gate is None
+            else activation(getattr(home, self.row.gate)(normed_ND)) * up
+        )
+        return active.abs().mean(-1, dtype=torch.float32)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        p = self.hidden_dropout
+        return F.dropout(branch, p=p, training=True) if p > 0.0 else branch

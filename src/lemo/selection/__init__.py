@@ -1,0 +1,1 @@
+"""Informativeness of token blocks, and the plans made from it."""

@@ -1,0 +1,89 @@
+"""Block selection by gradient energy: the smallest set of blocks that reaches a fidelity (DESIGN 3, 4.2, 4.6).
+
+Everything here is per document and vectorised over the documents of a batch; B·T rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lemo.selection.ranking import block_cap, first_blocks, order_in_documents, plan_from_blocks
+from lemo.types import SequenceLayout, TokenPlan
+
+
+def block_energy(grad_BTD: Tensor, layout: SequenceLayout) -> Tensor:
+    """Squared gradient norm of each block, in fp32 or wider, [blocks]. Padding counts for none.
+
+    One pass over the gradient; no full-width temporary.
+    """
+    wide = torch.float64 if grad_BTD.dtype == torch.float64 else torch.float32
+    row_norms = torch.linalg.vector_norm(grad_BTD.reshape(layout.rows, -1), dim=-1, dtype=wide).double()
+    # One extra slot takes the padding's rows.
+    slots = torch.where(layout.block_of_row < 0, layout.block_tokens.numel(), layout.block_of_row)
+    energy = row_norms.new_zeros(layout.block_tokens.numel() + 1)
+    return energy.index_add_(0, slots, row_norms.square())[:-1]
+
+
+def select_by_energy(
+    energy: Tensor,
+    layout: SequenceLayout,
+    fidelity: float,
+    keep: float | None,
+    labelled: Tensor | None,
+) -> TokenPlan:
+    """The plan of one layer: labelled blocks first, then blocks by energy until `fidelity` is reached.
+
+    Args:
+        energy: [blocks], from `block_energy`.
+        fidelity: share of each document's total energy to reach, in (0, 1]; 1 keeps every nonzero block.
+        keep: cap on the share of each document's blocks, or None.
+        labelled: bool [blocks], blocks that are kept first; None lets every block compete.
+
+    Raises:
+        ValueError: labelled blocks alone exceed `keep`.
+    """
+    documents = len(layout.documents)
+    document = layout.document_of_block
+    if labelled is None:
+        labelled = torch.zeros_like(energy, dtype=torch.bool)
+    if keep is not None:
+        cap = torch.tensor(block_cap(layout, keep), device=energy.device)
+        _refuse_labels_over_cap(labelled, document, cap, keep)
+
+    total = energy.new_zeros(documents).index_add_(0, document, energy)
+    # As shares of the document's total, so that a faint document isn't lost in the running sum of a loud one.
+    share = torch.where(total[document] > 0, energy / total[document], 0.0)
+
+    order, rank = order_in_documents(energy, layout, ahead=labelled)
+    sorted_document, sorted_share = document[order], share[order]
+    before = sorted_share.cumsum(0) - sorted_share
+    before = before - before[first_blocks(layout, energy.device)][sorted_document]
+
+    # A nonzero block counts at fidelity 1 even where it is too small to move the running sum.
+    wanted = energy[order] > 0
+    if fidelity < 1.0:
+        wanted &= before < fidelity
+    wanted |= labelled[order]
+    # Inf and NaN must travel to the optimizer's (or the grad scaler's) check as in the dense model.
+    wanted |= ~total.isfinite()[sorted_document]
+    if keep is not None:
+        wanted &= rank < cap[sorted_document]
+
+    kept = torch.zeros_like(labelled)
+    kept[order] = wanted
+    held = energy.new_zeros(documents).index_add_(0, document, share * kept)
+    reached = torch.where(total > 0, held, 1.0)
+    return plan_from_blocks(kept, layout, fidelity=float(reached.mean()))
+
+
+def _refuse_labels_over_cap(labelled: Tensor, document: Tensor, cap: Tensor, keep: float) -> None:
+    counts = torch.zeros_like(cap).index_add_(0, document, labelled.to(cap.dtype))
+    over = (counts > cap).nonzero().flatten()
+    if over.numel():
+        worst = int(over[0])
+        raise ValueError(
+            f"labelled blocks alone exceed keep={keep:g}: document {worst} of the batch has {int(counts[worst])} "
+            f"labelled blocks and may keep {int(cap[worst])}. Raise keep, set labelled='ranked' to let labelled blocks "
+            "compete by energy, or, where every token is labelled, use policy='segments'"
+        )

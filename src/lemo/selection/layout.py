@@ -1,0 +1,87 @@
+"""Where documents and blocks lie in a batch, from what a caller of the model passes.
+
+transformers' own rules are followed, so that the unmodified model and lemo see the same documents: a 2-D
+`attention_mask` marks padding; without one, `position_ids` that don't ascend by one start a new document.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lemo.types import SequenceLayout
+
+
+def build_layout(
+    batch: int,
+    length: int,
+    block_size: int,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> SequenceLayout:
+    """Finds documents and cuts them into blocks, counted from each document's first real token.
+
+    Args:
+        batch, length: B and T.
+        block_size: tokens per block.
+        device: of the layout's tensors.
+        attention_mask: [B, T], nonzero at real tokens; left or right padding, no gaps.
+        position_ids: [B or 1, T], restarting where a new packed document starts; used without a mask only.
+
+    Raises:
+        ValueError: the mask isn't [B, T], has gaps, or marks no token.
+    """
+    if attention_mask is not None:
+        documents = _documents_from_mask(attention_mask, batch, length)
+    elif position_ids is not None:
+        documents = _documents_from_positions(position_ids, batch, length)
+    else:
+        documents = tuple((b * length, (b + 1) * length) for b in range(batch))
+    if not documents:
+        raise ValueError("attention_mask marks no real token in the whole batch; drop empty batches")
+
+    block_of_row = torch.full((batch * length,), -1, dtype=torch.int64)
+    document_of_block: list[int] = []
+    block_tokens: list[int] = []
+    for index, (first, end) in enumerate(documents):
+        blocks = -(-(end - first) // block_size)
+        block_of_row[first:end] = len(block_tokens) + torch.arange(end - first) // block_size
+        document_of_block += [index] * blocks
+        block_tokens += [block_size] * (blocks - 1) + [end - first - block_size * (blocks - 1)]
+    return SequenceLayout(
+        shape=(batch, length),
+        documents=documents,
+        block_of_row=block_of_row.to(device),
+        document_of_block=torch.tensor(document_of_block, device=device),
+        block_tokens=torch.tensor(block_tokens, device=device),
+        block_size=block_size,
+    )
+
+
+def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:
+    if tuple(mask.shape) != (batch, length):
+        raise ValueError(
+            f"lemo needs a 2-D attention_mask of shape {(batch, length)} (1 at real tokens, 0 at padding), got shape "
+            f"{tuple(mask.shape)}; pass packed documents by position_ids that restart, without an attention_mask"
+        )
+    documents = []
+    for b, real in enumerate((mask != 0).cpu()):
+        where = real.nonzero().flatten()
+        if not len(where):
+            continue
+        first, end = int(where[0]), int(where[-1]) + 1
+        if end - first != len(where):
+            raise ValueError(
+                f"attention_mask of sequence {b} has gaps; padding must be on the left or on the right"
+            )
+        documents.append((b * length + first, b * length + end))
+    return tuple(documents)
+
+
+def _documents_from_positions(position_ids: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:
+    positions = position_ids.expand(batch, length).cpu()
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions.diff(dim=-1) != 1
+    firsts = starts.flatten().nonzero().flatten().tolist()
+    return tuple(zip(firsts, [*firsts[1:], batch * length], strict=True))

@@ -1,0 +1,110 @@
+"""Exact informativeness of token blocks, from a layer's own queries, keys and MLP (paper equations 1-2, section 4.1).
+
+Equation 1: a token pair's score is the head-mean of the positive scaled q·k. Equation 2: a block pair's score is the
+maximum over its token pairs. A block's informativeness is the sum of its pair scores over the later query blocks, so
+the paper's selection looks ahead; the causal variant judges a block by its predecessor's view of the past.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lemo.config import BranchSelection
+from lemo.selection.ranking import block_cap, first_blocks, order_in_documents, plan_from_blocks
+from lemo.types import SequenceLayout, TokenPlan
+
+_SCORES_AT_ONCE = 2**26
+
+
+def block_pair_scores(
+    q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None
+) -> Tensor:
+    """Pair scores of one document (equations 1-2), fp32 [blocks, blocks]; query block I, key block J, 0 above I.
+
+    Args:
+        q_HTd, k_KTd: positioned queries and keys of the document's tokens.
+        scaling: factor on q·k.
+        block_size: tokens per block.
+        window: sliding window in tokens, or None.
+
+    Memory is one chunk of query blocks times T, never T·T.
+    """
+    H, T, d = q_HTd.shape
+    K = k_KTd.shape[0]
+    blocks = -(-T // block_size)
+    scores = torch.zeros(blocks, blocks, dtype=torch.float32, device=q_HTd.device)
+    position = torch.arange(T, device=q_HTd.device)
+    step = max(1, _SCORES_AT_ONCE // (T * H * block_size)) * block_size
+    for start in range(0, T, step):
+        end = min(start + step, T)
+        q = q_HTd[:, start:end].reshape(K, H // K, end - start, d)
+        pair = (q @ k_KTd[:, None, :end].transpose(-1, -2)).float().mul_(scaling).relu_().mean((0, 1))
+        seen = position[None, :end] <= position[start:end, None]
+        if window is not None:
+            seen &= position[None, :end] > position[start:end, None] - window
+        pair = torch.where(seen, pair, 0.0)
+        rows, columns = -(-(end - start) // block_size), -(-end // block_size)
+        # Scores are >= 0, so zero padding never wins a maximum.
+        pair = torch.nn.functional.pad(
+            pair, (0, columns * block_size - end, 0, rows * block_size - (end - start))
+        )
+        pair = pair.view(rows, block_size, columns, block_size).amax((1, 3))
+        scores[start // block_size : start // block_size + rows, :columns] = pair
+    return scores
+
+
+def attention_informativeness(pair_scores: Tensor, causal: bool) -> Tensor:
+    """A document's block scores from its pair scores, fp32 [blocks].
+
+    The paper's: sum over later query blocks. Causal: the mean of the preceding block's own row, 0 for the first.
+    """
+    if not causal:
+        return pair_scores.sum(0)
+    blocks = pair_scores.shape[0]
+    view = pair_scores.sum(1) / torch.arange(1, blocks + 1, device=pair_scores.device)
+    return torch.cat([view.new_zeros(1), view[:-1]])
+
+
+def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+    """Block scores [blocks] from each row's MLP activity [B·T]: the block's mean, or causally its predecessor's."""
+    real = layout.block_of_row >= 0
+    total = activity.new_zeros(layout.block_tokens.numel())
+    total.index_add_(0, layout.block_of_row[real], activity[real])
+    score = total / layout.block_tokens
+    if not causal:
+        return score
+    first = torch.ones_like(layout.document_of_block, dtype=torch.bool)
+    first[1:] = layout.document_of_block.diff() != 0
+    return torch.where(first, 0.0, score.roll(1))
+
+
+def select_by_score(
+    score: Tensor, layout: SequenceLayout, selection: BranchSelection, layer: int
+) -> TokenPlan:
+    """The plan of one branch: the highest blocks (`keep`) or those at or above the layer's `threshold`.
+
+    The first and the last block of each document are always kept (DESIGN 4.6).
+
+    Args:
+        score: [blocks].
+        selection: keep or threshold, one number or one a layer.
+        layer: index of the layer.
+    """
+    first = first_blocks(layout, score.device)
+    edge = torch.zeros_like(score, dtype=torch.bool)
+    edge[first] = True
+    edge[torch.cat([first[1:], first.new_tensor([score.numel()])]) - 1] = True
+    if selection.threshold is not None:
+        return plan_from_blocks((score >= _at(selection.threshold, layer)) | edge, layout)
+
+    assert selection.keep is not None
+    cap = torch.tensor(block_cap(layout, _at(selection.keep, layer)), device=score.device)
+    order, rank = order_in_documents(score, layout, ahead=edge)
+    kept = edge.clone()
+    kept[order] |= rank < cap[layout.document_of_block[order]]
+    return plan_from_blocks(kept, layout)
+
+
+def _at(value: float | tuple[float, ...], layer: int) -> float:
+    return value[layer] if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""Executing a decoder layer with blocks left out of it."""

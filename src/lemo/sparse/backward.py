@@ -1,0 +1,258 @@
+"""`backward` mode: a dense forward that stores only its input, and a backward over the kept blocks (DESIGN 4.2).
+
+Forward: the unmodified layer under no-grad; with a tile budget the MLP goes in row tiles, so that no full-width
+intermediate exists. Backward: from the gradient at the layer's output choose the kept rows, recompute these rows'
+part of the layer with autograd, and back-propagate it. Rows that aren't kept pass their gradient along the residual
+stream, and receive gradients through keys and values (`kv_grad: all`).
+
+Parameters are inputs of the Function and their gradients its return values, so DDP/FSDP hooks, accumulation and
+clipping see ordinary gradients (DESIGN 4.9). Rejected: layer-wise torch checkpointing with gradient masks, which is
+exact too but recomputes every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lemo.sparse.attention import attend_rows
+from lemo.sparse.dropout import RowDropout
+from lemo.sparse.view import LayerView, Rotary
+from lemo.types import SequenceLayout, TokenPlan
+
+
+@dataclass
+class BackwardCall:
+    """One call of one layer.
+
+    Attributes:
+        view: the layer.
+        layout: documents and blocks of the batch.
+        choose: gradient at the layer's output [B, T, D] -> plan.
+        dense: hidden states [B, T, D] -> the unmodified layer's output.
+        attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
+        rotary: (cos, sin), each [B·T, d], or None.
+        kv_all: whether gradients of keys and values reach every row.
+        tile_bytes: budget of one MLP row tile, 0 for no tiling.
+        seed: of the dropout masks, None without dropout.
+    """
+
+    view: LayerView
+    layout: SequenceLayout
+    choose: Callable[[Tensor], TokenPlan]
+    dense: Callable[[Tensor], Tensor]
+    attend: Callable[[Tensor], Tensor]
+    rotary: Rotary
+    kv_all: bool
+    tile_bytes: int
+    seed: int | None
+    parameters: tuple[torch.nn.Parameter, ...] = ()
+    autocast: dict[str, Any] = field(default_factory=dict)
+
+    def dropout(self) -> RowDropout | None:
+        return None if self.seed is None else RowDropout(self.seed)
+
+    def autocast_again(self) -> AbstractContextManager[Any]:
+        return torch.autocast(**self.autocast) if self.autocast else nullcontext()
+
+
+def run_layer(hidden_BTD: Tensor, call: BackwardCall) -> Tensor:
+    """The layer's output [B, T, D]: dense in value, sparse in gradient."""
+    device = hidden_BTD.device.type
+    call.parameters = tuple(p for p in call.view.module.parameters() if p.requires_grad)
+    # The weight cache holds graph nodes of the caller's pass; a recomputation must not touch them.
+    call.autocast = {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+        "cache_enabled": False,
+    }
+    return _BackwardSparseLayer.apply(hidden_BTD, call, *call.parameters)
+
+
+class _BackwardSparseLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_BTD: Tensor, call: BackwardCall, *parameters: Tensor) -> Tensor:
+        ctx.call = call
+        with ExitStack() as stack:
+            dropout = call.dropout()
+            if dropout is not None:
+                stack.enter_context(dropout)
+            if call.view.post_norm:
+                output, *sums = _dense_post_norm(hidden_BTD, call, dropout)
+            else:
+                output, sums = _dense_pre_norm(hidden_BTD, call, dropout), []
+        ctx.save_for_backward(hidden_BTD, *sums)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Any, ...]:
+        call: BackwardCall = ctx.call
+        hidden_BTD, *sums = ctx.saved_tensors
+        D = hidden_BTD.shape[-1]
+        plan = call.choose(grad_BTD)
+        with ExitStack() as stack:
+            stack.enter_context(call.autocast_again())
+            dropout = call.dropout()
+            if dropout is not None:
+                stack.enter_context(dropout)
+            stack.enter_context(torch.enable_grad())
+            backward = _backward_post_norm if call.view.post_norm else _backward_pre_norm
+            hidden = hidden_BTD.reshape(-1, D).detach().requires_grad_(ctx.needs_input_grad[0])
+            grad_hidden, grads = backward(hidden, sums, grad_BTD.reshape(-1, D), plan, call, dropout)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.view_as(hidden_BTD)
+        return grad_hidden, None, *grads
+
+
+def _tiles(rows: int, call: BackwardCall) -> list[slice]:
+    """Row tiles of the MLP: as many rows as fit the budget, whole batch if tiling is off or everything fits."""
+    step = rows
+    if call.tile_bytes:
+        step = min(rows, max(1, call.tile_bytes // max(1, call.view.mlp_row_bytes)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _add_mlp_in_tiles(mid_ND: Tensor, call: BackwardCall, dropout: RowDropout | None, pre_norm: bool) -> None:
+    """mid += mlp(mid), tile by tile, in place: no full-width intermediate."""
+    site = dropout.site if dropout is not None else 0
+    for tile in _tiles(mid_ND.shape[0], call):
+        rows = torch.arange(tile.start, tile.stop, device=mid_ND.device)
+        with dropout.on(rows, site) if dropout is not None else nullcontext():
+            part = mid_ND[tile]
+            mid_ND[tile] = part + call.view.mlp(call.view.mlp_norm(part) if pre_norm else part)
+
+
+def _dense_pre_norm(hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout | None) -> Tensor:
+    if len(_tiles(call.layout.rows, call)) == 1:
+        return call.dense(hidden_BTD)
+    mid = hidden_BTD + call.attend(call.view.attention_norm(hidden_BTD))
+    _add_mlp_in_tiles(mid.view(call.layout.rows, -1), call, dropout, pre_norm=True)
+    return mid
+
+
+def _dense_post_norm(
+    hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout | None
+) -> tuple[Tensor, ...]:
+    """Output and the two sums the norms see: their backward needs every row's, kept or not."""
+    sum_attention = hidden_BTD + call.attend(hidden_BTD)
+    sum_mlp = call.view.attention_norm(sum_attention).clone()
+    _add_mlp_in_tiles(sum_mlp.view(call.layout.rows, -1), call, dropout, pre_norm=False)
+    return call.view.mlp_norm(sum_mlp), sum_attention, sum_mlp
+
+
+def _attention_branch(
+    hidden_ND: Tensor, plan: TokenPlan, call: BackwardCall, dropout: RowDropout | None
+) -> tuple[Tensor, Tensor]:
+    """(residual, attention output) of the kept rows, each [kept, D], with gradients as `kv_grad` says."""
+    view, rows = call.view, plan.rows
+    rotary = call.rotary
+    kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
+
+    def normed(part: Tensor) -> Tensor:
+        return part if view.post_norm else view.attention_norm(part)
+
+    def on(which: Tensor | None, site: int | None = None) -> AbstractContextManager[Any]:
+        return nullcontext() if dropout is None else dropout.on(which, site)
+
+    residual = hidden_ND[rows]
+    if call.kv_all:
+        everything = normed(hidden_ND)
+        with on(rows):
+            q = view.query(everything[rows], kept_rotary)
+        with on(None):
+            k, v = view.key_value(everything, rotary)
+    else:
+        kept = normed(residual)
+        with on(rows):
+            q = view.query(kept, kept_rotary)
+        site = dropout.site if dropout is not None else 0
+        with torch.no_grad(), on(None):
+            k, v = view.key_value(normed(hidden_ND), rotary)
+        with on(rows, site):
+            k_kept, v_kept = view.key_value(kept, kept_rotary)
+        k, v = k.index_copy(1, rows, k_kept), v.index_copy(1, rows, v_kept)
+    context = attend_rows(view, q, k, v, rows, plan.cu_seqlens, None, None, call.layout, dropout)
+    with on(rows):
+        return residual, view.attention_output(context)
+
+
+def _backward_pre_norm(
+    hidden: Tensor,
+    sums: list[Tensor],
+    grad: Tensor,
+    plan: TokenPlan,
+    call: BackwardCall,
+    dropout: RowDropout | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    if not plan.rows.numel():
+        return (grad if hidden.requires_grad else None), [None] * len(call.parameters)
+    residual, attention = _attention_branch(hidden, plan, call, dropout)
+    mid = residual + attention
+    with dropout.on(plan.rows) if dropout is not None else nullcontext():
+        out = mid + call.view.mlp(call.view.mlp_norm(mid))
+    grad_hidden, grads = _grad(out, hidden, call, grad[plan.rows])
+    if grad_hidden is not None:
+        # Rows left out pass their gradient along the residual stream; kept rows' is already in grad_hidden.
+        passed = grad.to(grad_hidden.dtype).index_fill(0, plan.rows, 0.0)
+        grad_hidden += passed
+    return grad_hidden, grads
+
+
+def _backward_post_norm(
+    hidden: Tensor,
+    sums: list[Tensor],
+    grad: Tensor,
+    plan: TokenPlan,
+    call: BackwardCall,
+    dropout: RowDropout | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Norms on the residual path are never masked, so they run backward over all rows, the branches over the kept."""
+    view, rows = call.view, plan.rows
+    sum_attention, sum_mlp = (s.reshape(hidden.shape).detach().requires_grad_() for s in sums)
+    grad_mid, norm_grads = _grad(view.mlp_norm(sum_mlp), sum_mlp, call, grad)
+    assert grad_mid is not None
+    mid = view.attention_norm(sum_attention)
+    # Forward order fixes the dropout sites: attention first, then the MLP.
+    attention = _attention_branch(hidden, plan, call, dropout)[1] if rows.numel() else None
+    if rows.numel():
+        kept_mid = mid[rows].detach().requires_grad_()
+        with dropout.on(rows) if dropout is not None else nullcontext():
+            branch = view.mlp(kept_mid)
+        grad_kept, mlp_grads = _grad(branch, kept_mid, call, grad_mid[rows])
+        assert grad_kept is not None
+        grad_mid = grad_mid.index_add(0, rows, grad_kept.to(grad_mid.dtype))
+        norm_grads = _sum_grads(norm_grads, mlp_grads)
+    grad_sum, more = _grad(mid, sum_attention, call, grad_mid)
+    assert grad_sum is not None
+    grads = _sum_grads(norm_grads, more)
+    grad_hidden = grad_sum if hidden.requires_grad else None
+    if attention is not None:
+        through_attention, more = _grad(attention, hidden, call, grad_sum[rows])
+        grads = _sum_grads(grads, more)
+        if grad_hidden is not None and through_attention is not None:
+            grad_hidden = grad_hidden + through_attention
+    return grad_hidden, grads
+
+
+def _grad(
+    output: Tensor, leaf: Tensor, call: BackwardCall, grad_output: Tensor
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of `output` with respect to `leaf` (None if it needs none) and the layer's parameters."""
+    inputs = [*([leaf] if leaf.requires_grad else []), *call.parameters]
+    if not inputs or not output.requires_grad:
+        return None, [None] * len(call.parameters)
+    grads = list(torch.autograd.grad(output, inputs, grad_output.to(output.dtype), allow_unused=True))
+    first = grads.pop(0) if leaf.requires_grad else None
+    return first, grads
+
+
+def _sum_grads(left: list[Tensor | None], right: list[Tensor | None]) -> list[Tensor | None]:
+    return [a if b is None else b if a is None else a + b for a, b in zip(left, right, strict=True)]

@@ -1,0 +1,92 @@
+"""The values that travel between rooms: where documents lie in a batch, and which of their tokens are kept.
+
+Shapes: B batch, T tokens in a sequence. A *row* is an index into the flattened B·T tokens, int64 (DESIGN 4.10).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Documents and blocks of one batch (DESIGN 4.2: blocks count from each document's first real token).
+
+    Attributes:
+        shape: (B, T).
+        documents: (first, end) rows of each document, ascending; padding belongs to none.
+        block_of_row: int64 [B·T], index of the row's block over the whole batch, -1 for padding.
+        document_of_block: int64 [blocks], ascending.
+        block_tokens: int64 [blocks], tokens in each block (only a document's last can be short).
+        block_size: tokens per block.
+    """
+
+    shape: tuple[int, int]
+    documents: tuple[tuple[int, int], ...]
+    block_of_row: Tensor
+    document_of_block: Tensor
+    block_tokens: Tensor
+    block_size: int
+
+    @property
+    def rows(self) -> int:
+        """B·T."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def real_tokens(self) -> int:
+        """Rows that belong to a document."""
+        return sum(end - first for first, end in self.documents)
+
+    @property
+    def blocks_per_document(self) -> tuple[int, ...]:
+        return tuple(-(-(end - first) // self.block_size) for first, end in self.documents)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any sequence holds more than one document."""
+        return len(self.documents) > len({first // self.shape[1] for first, _ in self.documents})
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """The kept tokens of one branch (or of a whole layer) in one step.
+
+    Attributes:
+        rows: int64 [kept], sorted rows.
+        cu_seqlens: kept tokens of each document, cumulated, from 0; length documents + 1.
+        keep: kept tokens / real tokens.
+        fidelity: share of the squared gradient norm the kept blocks hold (mean over documents); None in `forward`.
+    """
+
+    rows: Tensor
+    cu_seqlens: tuple[int, ...]
+    keep: float
+    fidelity: float | None = None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a model left out since the last `Runtime.collect`, averaged over micro-batches.
+
+    Attributes:
+        keep: per layer, (attention, mlp) share of tokens kept; (1, 1) where nothing was left out.
+        fidelity: per layer, None where the mode has none.
+    """
+
+    keep: tuple[tuple[float, float], ...]
+    fidelity: tuple[float | None, ...]
+
+    @property
+    def keep_mean(self) -> float:
+        """Mean over layers and branches."""
+        flat = [value for pair in self.keep for value in pair]
+        return sum(flat) / len(flat) if flat else 1.0
+
+    @property
+    def fidelity_mean(self) -> float | None:
+        """Mean over the layers that have one."""
+        known = [value for value in self.fidelity if value is not None]
+        return sum(known) / len(known) if known else None

@@ -1,0 +1,42 @@
+"""A model and its sparsified copy, and one training step of either."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lemo
+from reference import gradients
+from tiny import BLOCK, Batch, build
+
+TINY_TILE_MIB = 0.002  # a few rows of a tiny MLP, so that one batch takes many tiles
+
+
+def config(**values: Any) -> lemo.SparsityConfig:
+    """A configuration with the tests' block size and tiling off."""
+    return lemo.SparsityConfig(**({"block_size": BLOCK, "tile_mib": 0.0} | values))
+
+
+def pair(
+    family: str, device: torch.device, settings: lemo.SparsityConfig, **model: Any
+) -> tuple[nn.Module, nn.Module]:
+    """(unmodified model, sparsified copy with the same parameters)."""
+    dense = build(family, device, **model)
+    return dense, lemo.sparsify(copy.deepcopy(dense), settings)
+
+
+def step(model: nn.Module, batch: Batch, **call: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one forward and backward."""
+    loss = model(**batch.inputs(), **call).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def rows_of_plans(model: nn.Module) -> dict[tuple[int, str], set[int]]:
+    """The rows that the last forward let take part, by layer and branch."""
+    runtime = lemo.models.get_runtime(model)
+    assert runtime is not None
+    return {key: set(plan.rows.tolist()) for key, plan in runtime.last_plans.items()}

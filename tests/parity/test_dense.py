@@ -1,0 +1,134 @@
+"""Leaving nothing out equals the unmodified model, bitwise where nothing is tiled (DESIGN 4.1)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from pairs import TINY_TILE_MIB, config, pair, step
+
+import lemo
+from reference import assert_same_gradients, explicit_masks, gradients, hooks, record_layers
+from tiny import BATCHES, FAMILIES, make_batch
+
+NOTHING_LEFT_OUT = {
+    "backward": {"fidelity": 1.0},
+    "forward": {"mode": "forward", "keep": 1.0},
+    "dense": {"mode": "dense"},
+}
+
+
+def _isolate(family: str, model: torch.nn.Module, batch):
+    """Own masks for OPT's packed documents, which transformers lets see each other."""
+    return (
+        hooks(explicit_masks(model, batch))
+        if family.startswith("opt") and batch.position_ids is not None
+        else nullcontext()
+    )
+
+
+@pytest.mark.parametrize("mode", NOTHING_LEFT_OUT)
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states(family: str, name: str, mode: str, device: torch.device) -> None:
+    dense, sparse = pair(family, device, config(**NOTHING_LEFT_OUT[mode]))
+    batch = make_batch(name, device)
+    want: list[torch.Tensor] = []
+    got: list[torch.Tensor] = []
+    with torch.no_grad():
+        with hooks(record_layers(dense, want)), _isolate(family, dense, batch):
+            dense(**batch.inputs())
+        with hooks(record_layers(sparse, got)):
+            output = sparse(**batch.inputs())
+    assert output.logits is None
+    real = batch.real_mask()
+    assert len(got) == len(want) == 3
+    for mine, theirs in zip(got, want, strict=True):
+        if mode == "forward" or (family.startswith("opt") and batch.position_ids is not None):
+            torch.testing.assert_close(
+                mine[real], theirs[real], rtol=1e-5, atol=1e-5
+            )  # another order of sums
+        else:
+            assert torch.equal(mine[real], theirs[real])
+
+
+@pytest.mark.parametrize("mode", NOTHING_LEFT_OUT)
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_with_tiles(family: str, name: str, mode: str, device: torch.device) -> None:
+    dense, sparse = pair(family, device, config(**NOTHING_LEFT_OUT[mode], tile_mib=TINY_TILE_MIB))
+    batch = make_batch(name, device, label_all=name in ("left", "packed"))
+    with _isolate(family, dense, batch):
+        want_loss, want = step(dense, batch)
+    loss, got = step(sparse, batch)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
+    assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_trained(family: str, attention: str, device: torch.device) -> None:
+    dense, sparse = pair(family, device, config(fidelity=1.0), lora=False, attention=attention)
+    batch = make_batch("right", device)
+    want_loss, want = step(dense, batch)
+    loss, got = step(sparse, batch)
+    assert len(want) == len(list(dense.parameters()))
+    torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
+    assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize("mode", NOTHING_LEFT_OUT)
+def test_gradients_reach_inputs_embeds(mode: str, device: torch.device) -> None:
+    dense, sparse = pair("llama", device, config(**NOTHING_LEFT_OUT[mode]))
+    batch = make_batch("right", device)
+    found = []
+    for model in (dense, sparse):
+        embeds = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+        inputs = {key: value for key, value in batch.inputs().items() if key != "input_ids"}
+        model(inputs_embeds=embeds, **inputs).loss.backward()
+        found.append({"inputs_embeds": embeds.grad})
+        gradients(model)
+    assert_same_gradients(found[1], found[0])
+
+
+def test_a_label_predicted_by_padding_counts_as_in_transformers(device: torch.device) -> None:
+    """With left padding a label at the first real token is predicted by a padding row, and transformers counts it."""
+    dense, sparse = pair("qwen3", device, config(fidelity=1.0))
+    batch = make_batch("left", device, label_all=True)
+    batch.labels = torch.where(batch.real_mask(), batch.input_ids, batch.labels)
+    want, want_gradients = step(dense, batch)
+    loss, got = step(sparse, batch)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    assert torch.isfinite(loss)
+    assert want_gradients.keys() == got.keys()
+
+
+@pytest.mark.parametrize("name", ["left", "packed2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_is_the_unmodified_model(family: str, name: str, device: torch.device) -> None:
+    dense, sparse = pair(family, device, config(fidelity=0.5))
+    batch = make_batch(name, device)
+    dense.eval(), sparse.eval()
+    with torch.no_grad():
+        with _isolate(family, dense, batch):
+            want = dense(**batch.inputs())
+        got = sparse(**batch.inputs())
+    real = batch.real_mask()
+    torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=0)
+    hidden, head = lemo.models.backbone_hidden(sparse, **batch.inputs(labels=False))
+    torch.testing.assert_close(head(hidden)[real], want.logits[real], rtol=1e-5, atol=1e-5)
+
+
+def test_everything_ignored_is_an_error_or_zero(device: torch.device) -> None:
+    """A batch without labels must not turn into silent nonsense: transformers gives nan, lemo a finite zero or an error."""
+    _, sparse = pair("llama", device, config())
+    batch = make_batch("plain", device)
+    batch.labels = torch.full_like(batch.labels, -100)
+    try:
+        loss = sparse(**batch.inputs()).loss
+    except ValueError as error:
+        assert "label" in str(error)
+    else:
+        assert loss.item() == 0.0

@@ -1,0 +1,224 @@
+"""Plain references for the parity tests.
+
+Nothing here imports lemo. References run unmodified transformers modules; hooks leave out what is left out.
+Plans are computed by plain loops, one document and one block at a time.
+
+Shapes: B batch, T tokens, D hidden. A row is an index into the flattened B·T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tiny import BLOCK, Batch, causal_lm, layers_of, mlp_output_module, window_of
+
+
+def blocks_of(document: list[int], block_size: int) -> list[list[int]]:
+    """The document's rows, block by block."""
+    return [document[i : i + block_size] for i in range(0, len(document), block_size)]
+
+
+@dataclass(frozen=True)
+class EnergyRule:
+    """How `backward` mode chooses, in words of lemo.SparsityConfig."""
+
+    fidelity: float = 1.0
+    keep: float | None = None
+    labelled: str = "always"
+    block_size: int = BLOCK
+
+
+def energy_rows(gradient_BTD: Tensor, batch: Batch, rule: EnergyRule) -> set[int]:
+    """Rows kept by the energy rule, document by document (DESIGN 4.2 and 4.6)."""
+    energy = gradient_BTD.detach().double().pow(2).sum(-1).flatten().tolist()
+    labelled_rows = batch.labelled_rows()
+    kept: set[int] = set()
+    for document in batch.documents:
+        blocks = blocks_of(document, rule.block_size)
+        energies = [sum(energy[row] for row in block) for block in blocks]
+        order = sorted(range(len(blocks)), key=lambda i: -energies[i])
+        chosen: list[int] = []
+        if rule.labelled == "always":
+            chosen = [i for i, block in enumerate(blocks) if labelled_rows.intersection(block)]
+        cap = len(blocks) if rule.keep is None else max(1, math.ceil(rule.keep * len(blocks)))
+        if len(chosen) > cap:
+            raise ValueError("labelled blocks alone exceed keep: use segments")
+        for i in order:
+            if i in chosen or energies[i] == 0.0 or len(chosen) >= cap:
+                continue
+            held = sum(energies[j] for j in chosen)
+            if rule.fidelity < 1.0 and held >= rule.fidelity * sum(energies):
+                break
+            chosen.append(i)
+        kept.update(row for i in chosen for row in blocks[i])
+    return kept
+
+
+def row_mask(rows: set[int], batch: Batch, dtype: torch.dtype) -> Tensor:
+    """[B·T] of 0 and 1."""
+    mask = torch.zeros(batch.rows, dtype=dtype, device=batch.input_ids.device)
+    mask[sorted(rows)] = 1.0
+    return mask
+
+
+def allowed_mask(batch: Batch, window: int | None, keys: set[int] | None = None) -> Tensor:
+    """Bool [B, 1, T, T]: query row (third) may see key row (fourth). Causal, inside one document, in original
+    coordinates; `keys` restricts the keys. A query without any key sees itself: nothing uses its output."""
+    B, T = batch.input_ids.shape
+    allowed = torch.zeros(B, T, T, dtype=torch.bool)
+    for document in batch.documents:
+        for query in document:
+            for key in document:
+                near = window is None or query - key < window
+                if key <= query and near and (keys is None or key in keys):
+                    allowed[query // T, query % T, key % T] = True
+    alone = ~allowed.any(-1)
+    allowed |= torch.diag_embed(alone)
+    return allowed[:, None].to(batch.input_ids.device)
+
+
+def tensor_of(output: Any) -> Tensor:
+    """A module's output, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def hooks(handles: list[Any]) -> Iterator[None]:
+    """Remove the hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def explicit_masks(model: nn.Module, batch: Batch, keys: list[set[int] | None] | None = None) -> list[Any]:
+    """Hooks that hand every attention module our own mask in place of transformers' (OPT has none for packing)."""
+    eager = causal_lm(model).config._attn_implementation == "eager"
+    dtype = next(model.parameters()).dtype
+    handles = []
+    for i, layer in enumerate(layers_of(model)):
+        mask = allowed_mask(batch, window_of(model, i), keys[i] if keys else None)
+        if eager:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(dtype).min
+            )
+
+        def replace(module: nn.Module, args: tuple, kwargs: dict, mask: Tensor = mask) -> tuple[tuple, dict]:
+            return args, kwargs | {"attention_mask": mask}
+
+        handles.append(layer.self_attn.register_forward_pre_hook(replace, with_kwargs=True))
+    return handles
+
+
+def backward_reference(
+    model: nn.Module,
+    batch: Batch,
+    choose: Callable[[int, Tensor], set[int]],
+    *,
+    kv_grad: str = "all",
+    loss_of: Callable[[Any], Tensor] | None = None,
+    **call: Any,
+) -> tuple[Tensor, list[set[int]]]:
+    """Dense forward, then a backward whose branch gradients are cut to the rows that `choose` gives for a layer.
+
+    `choose(layer, gradient_BTD)` sees the gradient at the layer's output. Gradients are left in `.grad`.
+    Returns the loss and each layer's rows. The residual's gradient is never touched.
+    """
+    layers = layers_of(model)
+    rows: list[set[int]] = [set() for _ in layers]
+
+    def cut(tensor: Tensor, layer: int) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(
+                lambda g: (
+                    g * row_mask(rows[layer], batch, g.dtype).view(*tensor.shape[:-1], 1)
+                )  # rows known by now
+            )
+
+    def plan(tensor: Tensor, layer: int) -> None:
+        def on_gradient(gradient: Tensor) -> None:
+            rows[layer] = choose(layer, gradient)
+
+        tensor.register_hook(on_gradient)
+
+    handles = explicit_masks(model, batch)
+    for i, layer in enumerate(layers):
+        cut_here = [layer.self_attn, mlp_output_module(layer)]
+        if kv_grad == "kept":
+            cut_here += [layer.self_attn.k_proj, layer.self_attn.v_proj]
+        for module in cut_here:
+            handles.append(module.register_forward_hook(lambda m, a, out, i=i: cut(tensor_of(out), i)))
+        handles.append(layer.register_forward_hook(lambda m, a, out, i=i: plan(tensor_of(out), i)))
+    with hooks(handles):
+        output = model(**batch.inputs(), **call)
+        loss = output.loss if loss_of is None else loss_of(output)
+    loss.backward()
+    return loss.detach(), rows
+
+
+def segment_loss(
+    logits_BTV: Tensor, batch: Batch, drawn: list[list[tuple[int, int]]], scale: float, items: int
+) -> Tensor:
+    """scale · Σ of the losses whose predicting row lies in a drawn span / items."""
+    V = logits_BTV.shape[-1]
+    total = logits_BTV.new_zeros(())
+    inside = {row for spans in drawn for start, end in spans for row in range(start, end)}
+    T = batch.input_ids.shape[1]
+    for row in sorted(inside & batch.labelled_rows()):
+        target = batch.labels[row // T, row % T + 1]
+        total = total + F.cross_entropy(logits_BTV.reshape(-1, V)[row].float(), target)
+    return scale * total / items
+
+
+def spans_of(document: list[int], spans: int) -> list[tuple[int, int]]:
+    """The document cut into equal spans (the last may be shorter), as (first row, row after the last)."""
+    size = math.ceil(len(document) / spans)
+    return [
+        (document[i], document[min(i + size, len(document)) - 1] + 1) for i in range(0, len(document), size)
+    ]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient that isn't None, detached and cloned; and clears them."""
+    found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 1e-5) -> None:
+    """Norm-wise, parameter by parameter.
+
+    A gradient that is zero in exact arithmetic (OPT's key bias: softmax ignores it) is rounding noise, so
+    errors are measured against at least 1e-3 of the largest parameter's gradient norm.
+    """
+    assert want, "the reference has no gradient at all"
+    floor = 1e-3 * max(g.norm().item() for g in want.values())
+    assert floor > 0, "every reference gradient is zero"
+    wrong = []
+    for name in sorted(want.keys() | got.keys()):
+        if name not in got or name not in want:
+            present = (got.get(name) if name in got else want[name]).norm().item()
+            if present > 0:
+                wrong.append(f"{name}: only in {'got' if name in got else 'reference'}, norm {present:.2e}")
+            continue
+        error = (got[name].double() - want[name].double()).norm().item()
+        if not error <= rel * max(want[name].norm().item(), floor):
+            wrong.append(f"{name}: error {error:.2e}, norm {want[name].norm().item():.2e}")
+    assert not wrong, f"{len(wrong)} of {len(want)} gradients differ:\n" + "\n".join(wrong[:12])
+
+
+def record_layers(model: nn.Module, into: list[Tensor]) -> list[Any]:
+    """Hooks that append every decoder layer's output, bottom first."""
+    return [
+        layer.register_forward_hook(lambda m, a, out: into.append(tensor_of(out).detach().clone()))
+        for layer in layers_of(model)
+    ]
