@@ -197,8 +197,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 1e-5) -> None:
     """Norm-wise, parameter by parameter.
 
-    A gradient that is zero in exact arithmetic (OPT's key bias: softmax ignores it) is rounding noise, so
-    errors are measured against at least 1e-3 of the largest parameter's gradient norm.
+    A gradient may be zero in exact arithmetic and so rounding noise here (OPT's key bias: softmax ignores it):
+    errors are measured against at least 1e-3 of the largest gradient's norm, a key bias's also against its weight's.
     """
     assert want, "the reference has no gradient at all"
     floor = 1e-3 * max(g.norm().item() for g in want.values())
@@ -211,7 +211,9 @@ def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], rel: 
                 wrong.append(f"{name}: only in {'got' if name in got else 'reference'}, norm {present:.2e}")
             continue
         error = (got[name].double() - want[name].double()).norm().item()
-        if not error <= rel * max(want[name].norm().item(), floor):
+        weight = want.get(name.removesuffix("bias") + "weight", want[name])
+        scale = max(want[name].norm().item(), weight.norm().item() if name.endswith("k_proj.bias") else 0.0, floor)
+        if not error <= rel * scale:
             wrong.append(f"{name}: error {error:.2e}, norm {want[name].norm().item():.2e}")
     assert not wrong, f"{len(wrong)} of {len(want)} gradients differ:\n" + "\n".join(wrong[:12])
 

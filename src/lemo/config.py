@@ -98,9 +98,7 @@ class SparsityConfig(Frozen):
         if self.mode == "forward":
             branches = (self.attention, self.mlp)
             if self.keep is None and branches == (None, None):
-                raise ValueError(
-                    "mode forward needs keep, or attention and/or mlp with a keep or a threshold"
-                )
+                raise ValueError("mode forward needs keep, or attention and/or mlp with a keep or a threshold")
             if self.keep is not None and branches != (None, None):
                 raise ValueError("give keep for both branches, or attention/mlp one by one, not both")
             if self.score == "causal" and (self.keep is not None or any(b and b.keep for b in branches)):
@@ -108,9 +106,7 @@ class SparsityConfig(Frozen):
         elif self.attention is not None or self.mlp is not None:
             raise ValueError(f"attention and mlp belong to mode forward, not {self.mode}")
         if self.policy == "segments" and self.keep is not None:
-            raise ValueError(
-                "policy segments sets its share by segments.drawn / segments.spans; leave keep out"
-            )
+            raise ValueError("policy segments sets its share by segments.drawn / segments.spans; leave keep out")
         if self.policy == "segments" and self.mode != "backward":
             raise ValueError(f"policy segments belongs to mode backward, not {self.mode}")
         return self

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lemo
 from reference import EnergyRule, assert_same_gradients, backward_reference, energy_rows, gradients
-from tiny import BATCHES, BLOCK, FAMILIES, Batch, add_lora, build, make_batch
+from tiny import CASES, BLOCK, FAMILIES, Batch, add_lora, build, make_batch
 
 RULES: dict[str, dict[str, Any]] = {
     "half": {"fidelity": 0.5},
@@ -41,8 +41,7 @@ def left_out(batch: Batch, rows: list[set[int]]) -> bool:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_gradients_equal_hooked_dense(family: str, name: str, rule: str, device: torch.device) -> None:
     dense, sparse = pair(family, device, config(**RULES[rule], tile_mib=TINY_TILE_MIB))
     batch = make_batch(name, device, label_all=rule == "ranked")

@@ -10,7 +10,7 @@ from pairs import TINY_TILE_MIB, config, pair, step
 
 import lemo
 from reference import assert_same_gradients, explicit_masks, gradients, hooks, record_layers
-from tiny import BATCHES, FAMILIES, make_batch
+from tiny import CASES, FAMILIES, make_batch
 
 NOTHING_LEFT_OUT = {
     "backward": {"fidelity": 1.0},
@@ -29,8 +29,7 @@ def _isolate(family: str, model: torch.nn.Module, batch):
 
 
 @pytest.mark.parametrize("mode", NOTHING_LEFT_OUT)
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_hidden_states(family: str, name: str, mode: str, device: torch.device) -> None:
     dense, sparse = pair(family, device, config(**NOTHING_LEFT_OUT[mode]))
     batch = make_batch(name, device)
@@ -54,8 +53,7 @@ def test_hidden_states(family: str, name: str, mode: str, device: torch.device) 
 
 
 @pytest.mark.parametrize("mode", NOTHING_LEFT_OUT)
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_loss_and_gradients_with_tiles(family: str, name: str, mode: str, device: torch.device) -> None:
     dense, sparse = pair(family, device, config(**NOTHING_LEFT_OUT[mode], tile_mib=TINY_TILE_MIB))
     batch = make_batch(name, device, label_all=name in ("left", "packed"))

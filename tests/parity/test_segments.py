@@ -11,7 +11,7 @@ from torch import nn
 
 import lemo
 from reference import assert_same_gradients, backward_reference, gradients, segment_loss, spans_of
-from tiny import BATCHES, FAMILIES, Batch, make_batch
+from tiny import CASES, FAMILIES, Batch, make_batch
 
 
 def drawn_spans(model: nn.Module) -> list[list[tuple[int, int]]]:
@@ -37,8 +37,7 @@ def reference_step(
 
 
 @pytest.mark.parametrize(("spans", "drawn"), [(3, 1), (3, 2)])
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_loss_and_gradients(family: str, name: str, spans: int, drawn: int, device: torch.device) -> None:
     settings = config(policy="segments", segments={"spans": spans, "drawn": drawn})
     dense, sparse = pair(family, device, settings)

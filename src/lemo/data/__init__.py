@@ -1,6 +1,6 @@
-"""Documents to training sequences: reading, tokenizing and labelling, cutting and packing, collating, accounting.
+"""Documents to training sequences: reading, labelling, cutting, packing, collating, accounting.
 
-loaded = lemo.data.load(cfg.data, tokenizer, seed)     # .train, .heldout: datasets.Dataset; .report: DataReport
+loaded = lemo.data.load(cfg.data, tokenizer, seed)  # .train and .heldout: datasets.Dataset; .report
 collate = lemo.data.Collator.for_tokenizer(tokenizer)
 """
 

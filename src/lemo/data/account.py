@@ -40,8 +40,8 @@ class SplitAccount:
         truncated: cut to `max_tokens`; tokens cut off.
         split, pieces: cut into pieces, with their whole tokens; sequences they became.
         documents, tokens, labelled_tokens: what is used.
-        labels_lost: labelled tokens in used documents that lost their label, by being cut off or by starting a piece.
-        whole_labelled: sequences no longer than `completion_tokens` + 1, whose every token but the first is labelled.
+        labels_lost: labels of used documents that were cut off, or whose token now starts a sequence.
+        whole_labelled: sequences of at most `completion_tokens` + 1, labelled except for their first token.
         sequence_lengths: tokens of each sequence, before packing.
         packed_rows: rows the sequences were packed into; None without packing.
     """
@@ -145,23 +145,25 @@ def _lines(account: SplitAccount) -> list[tuple[str, str]]:
     return [
         ("documents found", f"{account.found:,}"),
         ("  empty files", f"{account.empty:,}"),
-        ("  not taken (max_documents)", f"{account.not_taken:,}"),
+        ("  past max_documents", f"{account.not_taken:,}"),
         ("  dropped, under min_tokens", _tally(account.short)),
         ("  dropped, over max_tokens", _tally(account.long)),
         ("documents used", f"{account.documents:,}"),
-        ("  truncated (tokens cut off)", _tally(account.truncated)),
+        ("  truncated", _tally(account.truncated, "cut off")),
         ("  split", f"{account.split.documents:,} → {account.pieces:,} sequences" if account.pieces else "0"),
         ("sequences", f"{account.sequences:,}"),
         ("  packed", packed),
         ("tokens", f"{account.tokens:,}"),
         ("labelled tokens", f"{account.labelled_tokens:,}"),
         ("  labels lost in cutting", f"{account.labels_lost:,}"),
-        (
-            "tokens a sequence: min / p50 / p90 / max",
-            " / ".join(f"{value:,}" for value in lengths.values()) or "-",
-        ),
+        ("sequence length: min, median", _pair(lengths, "min", "p50")),
+        ("sequence length: p90, max", _pair(lengths, "p90", "max")),
     ]
 
 
-def _tally(tally: Tally) -> str:
-    return f"{tally.documents:,} ({tally.tokens:,} tokens)" if tally.documents else "0"
+def _tally(tally: Tally, what: str = "") -> str:
+    return f"{tally.documents:,} ({tally.tokens:,} tokens{what and ' ' + what})" if tally.documents else "0"
+
+
+def _pair(lengths: dict[str, int], first: str, second: str) -> str:
+    return f"{lengths[first]:,}, {lengths[second]:,}" if lengths else "-"

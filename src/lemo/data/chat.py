@@ -2,13 +2,13 @@
 
 The model's own chat template renders the messages. Two ways to find the assistant's turns in the result:
 1. A template with `{% generation %}` marks says so itself.
-2. Otherwise each assistant turn is what its message adds to the text: the conversation up to it, rendered with the
-   generation prompt, is where the span starts; the conversation including it is where the span ends. That is true only
-   if both are prefixes of the whole, which some templates break (they rewrite earlier turns); then it is an error.
+2. Otherwise an assistant turn is what its message adds to the text: the span starts where the conversation before it,
+   rendered with the generation prompt, ends, and ends where the conversation including it ends. That holds only if
+   both are prefixes of the whole, which some templates break (they rewrite earlier turns); then it is an error.
 
-Spans are found in characters and carried over to tokens afterwards. Comparing token sequences instead would fail
-wherever a token straddles the border, and transformers' own assistant mask loses or over-extends a span that starts or
-ends in white space which the tokenizer trims from its offsets.
+Spans are found in characters, then carried over to tokens. Comparing token sequences instead would fail wherever a
+token straddles the border, and transformers' own assistant mask loses or over-extends a span that starts or ends
+in white space which the tokenizer trims from its offsets.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ChatRenderer:
         """The conversation as text, and the assistant's character spans (start, end), ascending and disjoint.
 
         Raises:
-            UserError: the template refuses the messages, the assistant's turns can't be told, or there are none.
+            UserError: the template refuses the messages, or the assistant's turns can't be told or are empty.
         """
         messages = [{key: value for key, value in message.items() if value is not None}
                     for message in conversation.messages]  # fmt: skip
@@ -72,8 +72,8 @@ class ChatRenderer:
             spans = self._differences(messages, text, where)
         if not spans:
             raise UserError(
-                f"{where}: the chat template leaves nothing of the assistant's turns, so every label is masked; "
-                "remove the line or fill in the assistant's content"
+                f"{where}: the chat template leaves nothing of the assistant's turns, so every label is "
+                "masked; remove the line or fill in the assistant's content"
             )
         return text, spans
 
@@ -84,16 +84,22 @@ class ChatRenderer:
                 continue
             if turn == 0:
                 raise UserError(
-                    f"{where}: the conversation starts with the assistant, and this model's chat template doesn't "
-                    "mark the assistant's turns; put a system or user message first"
+                    f"{where}: the conversation starts with the assistant, and this model's chat template "
+                    "doesn't mark the assistant's turns; put a system or user message first"
                 )
             before, _ = self._render(messages[:turn], where, prompt=True)
             through, _ = self._render(messages[: turn + 1], where)
-            if not (text.startswith(through) and through.startswith(before)):
+            if not text.startswith(through):
                 raise UserError(
                     f"{where}: message {turn + 1}: this model's chat template renders an answer differently when the "
                     "conversation goes on, so the assistant's tokens can't be told; make one line per answer (each "
                     "ending with it), or use a chat template with {% generation %} marks"
+                )
+            if not through.startswith(before):
+                raise UserError(
+                    f"{where}: message {turn + 1}: this model's chat template doesn't begin an answer with its "
+                    "generation prompt, so the assistant's tokens can't be told; use a chat template with "
+                    "{% generation %} marks, or give prompt + completion"
                 )
             if len(through) > len(before):
                 spans.append((len(before), len(through)))
@@ -104,7 +110,7 @@ class ChatRenderer:
     ) -> tuple[str, list[Span]]:
         arguments: dict[str, Any] = {**self._special, "add_generation_prompt": prompt}
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # (texts, spans), whatever its annotation says
                 conversations=[messages],
                 chat_template=self._template,
                 return_assistant_tokens_mask=marks,
@@ -112,9 +118,9 @@ class ChatRenderer:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(
-                f"{where}: the model's chat template refuses these messages ({error}); "
-                "check the roles and their order"
+                f"{where}: the model's chat template refuses these messages ({error}); check the roles and their order"
             ) from error
+        texts, spans = rendered
         return texts[0], spans[0] if marks else []
 
 
@@ -130,7 +136,7 @@ def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarra
     """
     bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     ends = bounds[:, 1]
-    # Tokenizers may trim white space from offsets, down to nothing: a token starts where the one before ended.
+    # Tokenizers may trim white space from offsets: a token starts where the one before ended.
     starts = np.minimum(bounds[:, 0], np.concatenate([[0], ends[:-1]]))
     inside = np.zeros(len(bounds), dtype=bool)
     for start, end in spans:

@@ -3,8 +3,9 @@
 Three shapes come out (B rows, T tokens of the longest, S tokens of all rows):
     one plain row            input_ids, labels [1, T]
     several plain rows       input_ids, labels, attention_mask [B, T], padded on the right
-    packed rows              input_ids, labels, position_ids [1, S]; positions restart at each document, and there is no
-                             attention_mask: that is what tells attention implementations to keep documents apart
+    packed rows              input_ids, labels, position_ids [1, S]; positions restart at each document
+
+Packed rows get no attention_mask: restarting positions without one tell attention to keep documents apart.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Collator:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        """Pads with the tokenizer's pad token; without one with its end-of-sequence token, without that with 0."""
+        """Pads with the tokenizer's pad token, failing that its end-of-sequence token, failing that 0."""
         for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
             if isinstance(token, int):
                 return cls(token)
@@ -54,9 +55,7 @@ class Collator:
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-            "attention_mask": pad_sequence(
-                [torch.ones_like(row) for row in ids], batch_first=True, padding_value=0
-            ),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
         }
 
 

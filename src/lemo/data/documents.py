@@ -1,7 +1,7 @@
 """Finding and reading documents: Python's own library, a folder, a file, a glob, or JSONL.
 
-A document's *name* is relative to where the search began, so that it (and the split made from its hash) is the same
-on every machine. Files are read when they are needed, JSONL at once, because one file holds many documents.
+A document's *name* is relative to where the search began, so that it (and the split made from its hash) is the
+same on every machine. Files are read when they are needed, JSONL at once, because one file holds many documents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from lemo.data.jsonl import Content, Conversation, Pair, parse_lines
 from lemo.errors import UserError
 
-# Tests and vendored or obsolete tools, and generated tables (no prose, no logic), which would crowd out real code.
+# Tests, installed packages, obsolete tools, and generated tables, which would crowd out real code.
 STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "__pycache__",
      "encodings", "pydoc_data"}
@@ -86,7 +86,7 @@ def find_documents(source: str, setting: str = "data.train") -> Found:
         UserError: nothing is there, or a JSONL file is malformed.
     """
     if source == "stdlib":
-        root, paths, notes = _find_stdlib()
+        root, paths, notes = _find_stdlib(setting)
     else:
         root, paths, notes = _find_paths(source, setting)
     documents: list[Document] = []
@@ -102,12 +102,12 @@ def find_documents(source: str, setting: str = "data.train") -> Found:
     return Found(tuple(documents), tuple(notes))
 
 
-def _find_stdlib() -> tuple[Path, list[Path], list[str]]:
+def _find_stdlib(setting: str) -> tuple[Path, list[Path], list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in _walk(root, STDLIB_SKIPPED)[0] if path.suffix == ".py"]
     if not paths:
         raise UserError(
-            "data.train stdlib: this Python has no library sources on disk; give a folder of text files instead"
+            f"{setting}: stdlib: this Python has no library sources on disk; give a folder of text files instead"
         )
     return root, paths, []
 
@@ -117,26 +117,20 @@ def _find_paths(source: str, setting: str) -> tuple[Path, list[Path], list[str]]
     if path.is_dir():
         paths, hidden = _walk(path, frozenset({"__pycache__"}))
         if not paths:
-            raise UserError(
-                f"{setting}: the folder {source} holds no files; give a folder with text or .jsonl files"
-            )
+            raise UserError(f"{setting}: the folder {source} holds no files; give a folder with text or .jsonl files")
         return path, paths, [f"{source}: {hidden} hidden files and folders not read"] if hidden else []
     if path.is_file():
         return path.parent, [path], []
     if glob.has_magic(source):
         expanded = os.path.expanduser(source)
-        matches = sorted(
-            Path(match) for match in glob.glob(expanded, recursive=True) if os.path.isfile(match)
-        )
+        matches = sorted(Path(match) for match in glob.glob(expanded, recursive=True) if os.path.isfile(match))
         if not matches:
             raise UserError(
                 f"{setting}: the glob {source} matches no file (from {os.getcwd()}); "
                 "quote it in the shell, and use ** to descend into folders"
             )
         return _glob_root(expanded), matches, []
-    raise UserError(
-        f"{setting}: {source} does not exist{_nearest(path)}; give stdlib, a folder, a file or a glob"
-    )
+    raise UserError(f"{setting}: {source} does not exist{_nearest(path)}; give stdlib, a folder, a file or a glob")
 
 
 def _glob_root(pattern: str) -> Path:
@@ -154,9 +148,7 @@ def _walk(root: Path, skipped: Iterable[str]) -> tuple[list[Path], int]:
     hidden = 0
 
     def refuse(error: OSError) -> None:
-        raise UserError(
-            f"{error.filename}: can't be read ({error.strerror}); check its permissions"
-        ) from error
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); check its permissions") from error
 
     for folder, folders, files in os.walk(root, onerror=refuse):
         hidden += sum(name.startswith(".") for name in folders + files)

@@ -1,4 +1,4 @@
-"""JSONL: one object a line, with `text`, `prompt` + `completion`, or `messages`. Every mistake names file and line."""
+"""JSONL: an object a line with `text`, `prompt` + `completion`, or `messages`. Mistakes name file and line."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _KEYS = sorted(frozenset().union(*SCHEMAS))
 
 
 def parse_lines(text: str, file: str) -> Iterator[tuple[int, Content, frozenset[str]]]:
-    """The file's objects: line number (from 1), content, and the keys that were not used. Blank lines are skipped.
+    """The file's objects: line number (from 1), content, and the keys not used. Blank lines are skipped.
 
     Raises:
-        UserError: malformed JSON, wrong or missing keys, a value of the wrong type, or lines with different keys.
+        UserError: malformed JSON, wrong keys, a value of the wrong type, or lines with different keys.
     """
     first: tuple[int, frozenset[str]] | None = None
     # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
@@ -68,9 +68,7 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         detail = (
-            f"{error.msg} at column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else "nested too deep"
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         )
         raise UserError(
             f"{where}: not valid JSON ({detail}); a .jsonl file holds one complete JSON object on each line"
@@ -93,11 +91,7 @@ def _schema_of(record: dict[str, Any], where: str) -> frozenset[str]:
         missing = {"prompt", "completion"} - known
         advice = f"{_list(known)} without {_list(missing)}{_suggestion(record, missing)}"
     else:
-        advice = (
-            f"no accepted key among {_list(record)}{_suggestion(record, _KEYS)}"
-            if record
-            else "an empty object"
-        )
+        advice = f"no accepted key among {_list(record)}{_suggestion(record, _KEYS)}" if record else "an empty object"
     raise UserError(f"{where}: {advice}; accepted keys are {ACCEPTED}")
 
 
@@ -117,9 +111,7 @@ def _content_of(record: dict[str, Any], schema: frozenset[str], where: str) -> C
             raise UserError(f"{where}: text is empty; remove the line")
         return values["text"]
     if not values["completion"].strip():
-        raise UserError(
-            f"{where}: completion is empty, so nothing would be learned; fill it in or remove the line"
-        )
+        raise UserError(f"{where}: completion is empty, so nothing would be learned; fill it in or remove the line")
     return Pair(values["prompt"], values["completion"])
 
 

@@ -1,7 +1,7 @@
 """Documents to token ids, and which of them are labelled.
 
-A label is the token itself, at its own position (the model shifts); -100 elsewhere. The first token of a sequence is
-never labelled: nothing precedes it, and in a packed row another document would.
+A label is the token itself, at its own position (the model shifts); -100 elsewhere. The first token of a sequence
+is never labelled: nothing precedes it, and in a packed row another document would.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Encoded:
 class Encoder:
     """Tokenizes documents of every kind.
 
-    Plain text gets the special tokens that the tokenizer gives any text. Prompt and completion are tokenized apart
-    (what generation does), the end-of-sequence token follows the completion. Conversations go through the model's chat
-    template.
+    Plain text gets the special tokens that the tokenizer gives any text. Prompt and completion are tokenized apart,
+    as in generation, and the end-of-sequence token follows the completion. Conversations go through the model's
+    chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,7 +83,7 @@ class Encoder:
 
     def _encode_batch(self, documents: list[Document], contents: list[Any]) -> Iterator[Encoded | None]:
         texts: list[str] = []
-        for document, content in zip(documents, contents, strict=True):
+        for content in contents:
             if isinstance(content, Pair):
                 texts += [content.prompt, content.completion]
             elif not isinstance(content, Conversation):
@@ -103,8 +103,8 @@ class Encoder:
         end = self._tokenizer.eos_token_id
         if not isinstance(end, int):
             raise UserError(
-                "data with prompt + completion needs a tokenizer with an end-of-sequence token, and this model's has "
-                "none; set tokenizer.eos_token"
+                "data with prompt + completion needs a tokenizer with an end-of-sequence token, and this "
+                "model's has none; set tokenizer.eos_token"
             )
         ids = _ids(self._prefix, prompt, completion, [end])
         start = len(self._prefix) + len(prompt)
@@ -118,7 +118,7 @@ class Encoder:
         return _ids(tokens["input_ids"][0]), tokens_in_spans(tokens["offset_mapping"][0], spans)
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
-        # verbose=False: whether a document is too long is for data.overflow to say, not for a tokenizer's warning.
+        # verbose=False: data.overflow says what happens to long documents, not a tokenizer's warning.
         return self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -130,13 +130,13 @@ class Encoder:
 
 
 def tail_labelled(tokens: int, completion_tokens: int) -> np.ndarray:
-    """Plain text: the last `completion_tokens` of `tokens` are labelled (0: all), never the first. bool [tokens]."""
+    """Plain text: the last `completion_tokens` are labelled (0: all), never the first. bool [tokens]."""
     start = tokens - completion_tokens if completion_tokens else 0
     return np.arange(tokens) >= max(start, 1)
 
 
 def make_labels(ids: np.ndarray, labelled: np.ndarray) -> np.ndarray:
-    """The labels of one sequence: `ids` where `labelled`, -100 elsewhere and at the first token. int32 [n]."""
+    """Labels of one sequence: `ids` where `labelled`, -100 elsewhere and at the first token. int32 [n]."""
     labels = np.where(labelled, ids, IGNORED).astype(np.int32)
     labels[:1] = IGNORED
     return labels
@@ -150,8 +150,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
     raise UserError(
-        "this model's tokenizer tokenizes a text differently when it adds special tokens, which lemo can't follow; "
-        "use a tokenizer that only puts them before and after"
+        "this model's tokenizer tokenizes a text differently when it adds special tokens, which lemo can't "
+        "follow; use a tokenizer that only puts them before and after"
     )
 
 

@@ -27,9 +27,9 @@ class Loaded:
     """Training and held-out sequences.
 
     Attributes:
-        train: columns input_ids, labels (lists of int), name; with packing also position_ids, and `name` joins the
-            documents' names with ` + `.
-        heldout: the same without packing: one document a row, in an order that makes its first n rows a fair sample.
+        train: columns input_ids, labels (lists of int), name; with packing also position_ids, and `name` joins
+            the documents' names with ` + `.
+        heldout: the same, never packed, in an order that makes its first n rows a fair sample.
         report: what became of every document and token.
     """
 
@@ -47,8 +47,8 @@ def load(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Load
         seed: orders the training documents, and so decides which ones `max_documents` takes.
 
     Raises:
-        UserError: anything the user can fix: missing, empty or malformed data, documents over the limit, no held-out
-            documents, or the same text in both splits.
+        UserError: missing, empty or malformed data, documents over the limit, documents without labels, no
+            held-out documents, or the same text in both splits.
     """
     train_found, train_documents, heldout_found, heldout_documents = _find(cfg)
     encoder = Encoder(tokenizer)
@@ -62,9 +62,7 @@ def load(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Load
         train_dataset = _packed_dataset(rows)
     else:
         train_dataset = _dataset(train.sequences)
-    report = DataReport(
-        train.account, heldout.account, (*notes, *_remarks(cfg, train.account, heldout.account))
-    )
+    report = DataReport(train.account, heldout.account, (*notes, *_remarks(cfg, train.account, heldout.account)))
     return Loaded(train_dataset, _dataset(heldout.sequences), report)
 
 
@@ -97,7 +95,7 @@ def _find(cfg: DataConfig) -> tuple[Found, list[Document], Found, list[Document]
 
 
 def _fair_order(documents: Seq[Document]) -> list[Document]:
-    # A fixed salt: the seed must not change which held-out documents a run is judged by, nor may the split's own hash.
+    # A fixed salt: the seed must not change which held-out documents a run is judged by.
     return shuffled(documents, "held-out")
 
 
@@ -148,13 +146,9 @@ def _remarks(cfg: DataConfig, train: SplitAccount, heldout: SplitAccount) -> lis
                 f"{cfg.completion_tokens + 1:,} tokens are labelled whole, except for their first token"
             )
         if account.labels_lost:
-            remarks.append(
-                f"{part}: {account.labels_lost:,} labelled tokens were cut off or now start a sequence"
-            )
+            remarks.append(f"{part}: {account.labels_lost:,} labelled tokens were cut off or now start a sequence")
     if train.not_taken:
-        remarks.append(
-            f"train: {train.not_taken:,} documents past max_documents were not read, so not counted in tokens"
-        )
+        remarks.append(f"train: {train.not_taken:,} documents past max_documents aren't counted in tokens")
     return remarks
 
 
@@ -180,7 +174,5 @@ def _packed_dataset(rows: Seq[Seq[Sequence]]) -> Dataset:
         ],
         "name": [" + ".join(sequence.name for sequence in row) for row in rows],
     }
-    features = Features(
-        {"input_ids": _TOKENS, "labels": _TOKENS, "position_ids": _TOKENS, "name": Value("string")}
-    )
+    features = Features({"input_ids": _TOKENS, "labels": _TOKENS, "position_ids": _TOKENS, "name": Value("string")})
     return Dataset.from_dict(columns, features=features)

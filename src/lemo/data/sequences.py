@@ -24,13 +24,13 @@ class Sequence:
 
 
 def build_sequences(document: Encoded, cfg: DataConfig, account: SplitAccount) -> list[Sequence]:
-    """The sequences of one document: none (dropped), one, or several (split). Records what happened in `account`.
+    """The sequences of one document: none (dropped), one, or several (split). Enters them in `account`.
 
-    Plain text is labelled after cutting, so each piece has its own completion tail. The labels of other documents are
-    cut with their tokens.
+    Plain text is labelled after cutting, so each piece has its own completion tail. The labels of other documents
+    are cut with their tokens.
 
     Raises:
-        UserError: too long under `overflow: error`; a completion that doesn't fit; a sequence without any label.
+        UserError: too long under `overflow: error`; a completion that doesn't fit; a sequence without labels.
     """
     tokens = len(document.ids)
     account.tokens_read += tokens
@@ -41,8 +41,8 @@ def build_sequences(document: Encoded, cfg: DataConfig, account: SplitAccount) -
         bounds = [(0, tokens)]
     elif cfg.overflow == "error":
         raise UserError(
-            f"{document.where}: {tokens:,} tokens, over data.max_tokens {cfg.max_tokens:,}; raise data.max_tokens, or "
-            "set data.overflow to truncate (keeps the end), split (consecutive sequences) or drop"
+            f"{document.where}: {tokens:,} tokens, over data.max_tokens {cfg.max_tokens:,}; raise data.max_tokens, "
+            "or set data.overflow to truncate (keeps the end), split (consecutive sequences) or drop"
         )
     elif cfg.overflow == "drop":
         account.long.add(tokens)
@@ -89,7 +89,7 @@ def pack_sequences(sequences: Seq[Sequence], limit: int) -> list[list[Sequence]]
 
 
 def _pieces(tokens: int, limit: int) -> list[tuple[int, int]]:
-    """Consecutive pieces of `limit` tokens, the last may be shorter, though never a single token if `limit` allows."""
+    """Consecutive pieces of `limit` tokens. The last may be shorter, but isn't a single token if limit > 2."""
     cuts = list(range(0, tokens, limit))
     if tokens - cuts[-1] == 1 and limit > 2:
         cuts[-1] -= 1  # a single token has nothing before it, so it could have no label
@@ -102,8 +102,8 @@ def _check_completion_fits(document: Encoded, limit: int) -> None:
     completion = len(document.ids) - document.prompt_tokens
     if completion > limit:
         raise UserError(
-            f"{document.where}: its completion alone has {completion:,} tokens, over data.max_tokens {limit:,}, and "
-            "truncating keeps completions whole; raise data.max_tokens or set data.overflow to drop"
+            f"{document.where}: its completion alone has {completion:,} tokens, over data.max_tokens {limit:,}, "
+            "and truncating keeps completions whole; raise data.max_tokens or set data.overflow to drop"
         )
 
 
@@ -128,13 +128,13 @@ def _no_labels(document: Encoded, index: int, bounds: list[tuple[int, int]], cfg
         )
     if len(bounds) > 1:
         return (
-            f"{document.where}: piece {index + 1} of {len(bounds)} (tokens {start + 1:,} to {end:,}) holds no label; "
-            "set data.overflow to truncate, or raise data.max_tokens"
+            f"{document.where}: piece {index + 1} of {len(bounds)} (tokens {start + 1:,} to {end:,}) holds no "
+            "label; set data.overflow to truncate, or raise data.max_tokens"
         )
     if end - start < len(document.ids):
         return (
-            f"{document.where}: no label is left in its last {cfg.max_tokens:,} tokens; raise data.max_tokens, or set "
-            "data.overflow to drop"
+            f"{document.where}: no label is left in its last {cfg.max_tokens:,} tokens; raise data.max_tokens, "
+            "or set data.overflow to drop"
         )
     return f"{document.where}: every label is masked; remove it, or end it with an answer that is labelled"
 
@@ -148,6 +148,4 @@ def _record(document: Encoded, sequences: list[Sequence], cfg: DataConfig, accou
     if document.labelled is not None:
         account.labels_lost += int(document.labelled[1:].sum()) - sum(labelled)
     elif cfg.completion_tokens:
-        account.whole_labelled += sum(
-            len(sequence.ids) <= cfg.completion_tokens + 1 for sequence in sequences
-        )
+        account.whole_labelled += sum(len(sequence.ids) <= cfg.completion_tokens + 1 for sequence in sequences)

@@ -1,4 +1,4 @@
-"""Which documents are held out: by a hash of the document's name, the same on every machine and in every run."""
+"""Which documents are held out: by a hash of the name, the same on every machine and in every run."""
 
 from __future__ import annotations
 
@@ -52,6 +52,4 @@ def refuse_shared_text(train: Iterable[Encoded], heldout: Iterable[Encoded], *, 
     for document in heldout:
         if (twin := known.get(document.digest)) is not None:
             remedy = "remove one of the two" if split else "take it out of data.train or data.heldout"
-            raise UserError(
-                f"{document.where}: held out, but {twin}, used for training, has the same text; {remedy}"
-            )
+            raise UserError(f"{document.where}: held out, but {twin}, used for training, has the same text; {remedy}")

@@ -26,9 +26,12 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
         trainable: whether the adapter's parameters require gradients.
 
     Raises:
-        UserError: no adapter there, a damaged one, or one of another model. The model is then as it was.
+        UserError: no adapter there, a damaged one, or one of another model.
+        ValueError: the model has an adapter already.
     """
     directory = Path(path)
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has an adapter already; give load_adapter the base model")
     config = _read_config(directory)
     shapes = _read_shapes(directory)
     _check_base(model, config, directory)
@@ -37,7 +40,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
         adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"the adapter in {directory} doesn't load onto this model: {_one_line(error)}"
+            f"the adapter in {directory} doesn't load onto this model: {_one_line(error)}; load the model it was "
+            "trained on"
         ) from error
     absent = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - shapes.keys())
     if absent:
@@ -55,19 +59,17 @@ def _read_config(directory: Path) -> PeftConfig:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise UserError(
-                f"{directory} holds no adapter ({name} is missing); give the directory that a run wrote as adapter/"
+                f"{directory} holds no adapter ({name} is missing); give the directory adapter/ that a run wrote"
             )
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{directory / CONFIG} is damaged or of an unknown PEFT version: {_one_line(error)}; copy the adapter "
-            "again, or upgrade peft"
+            f"{directory / CONFIG} is damaged, or of a newer PEFT: {_one_line(error)}; copy the adapter again, "
+            "or upgrade peft"
         ) from error
     if config.peft_type != "LORA":
-        raise UserError(
-            f"{directory} holds an adapter of type {config.peft_type}; lemo loads LoRA adapters only"
-        )
+        raise UserError(f"{directory} holds a {config.peft_type} adapter; lemo loads LoRA adapters only")
     return config
 
 
@@ -78,7 +80,7 @@ def _read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{directory / WEIGHTS} is damaged: {_one_line(error)}; copy the adapter again, or use another checkpoint"
+            f"{directory / WEIGHTS} is damaged: {_one_line(error)}; copy the adapter again, or use another one"
         ) from error
 
 
@@ -88,8 +90,8 @@ def _check_base(model: nn.Module, config: PeftConfig, directory: Path) -> None:
     actual = getattr(model, "name_or_path", "")
     if recorded and actual and _last_part(recorded) != _last_part(actual):
         raise UserError(
-            f"the adapter in {directory} was trained on {recorded}, this model is {actual}; load that model, or, if "
-            f"they are the same, correct base_model_name_or_path in {CONFIG}"
+            f"the adapter in {directory} was trained on {recorded}, this model is {actual}; load that model, or, "
+            f"if they are the same, correct base_model_name_or_path in {CONFIG}"
         )
 
 
@@ -105,7 +107,7 @@ def _check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], director
         module: Any = modules.get(match[1])
         if module is None:
             raise UserError(
-                f"the adapter in {directory} is of another model: it adapts {match[1]}, which this model doesn't have; "
+                f"the adapter in {directory} is of another model: it adapts {match[1]}, which this one lacks; "
                 "load the model it was trained on"
             )
         side, axis = ("in_features", 1) if match[2] == "A" else ("out_features", 0)

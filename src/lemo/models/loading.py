@@ -1,4 +1,4 @@
-"""Models and tokenizers by name. What can be wrong with a name or a directory is found before weights are read."""
+"""Models and tokenizers by name. What is wrong with a name or a directory is found before weights are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from lemo.config import ModelConfig
 from lemo.errors import UserError
 from lemo.models import embedded
+from lemo.models.adapters import load_adapter
 from lemo.models.architectures import architecture_of
+
+__all__ = ["load_adapter", "load_model", "load_tokenizer", "model_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,20 +41,19 @@ def load_model(cfg: ModelConfig, device: str) -> tuple[nn.Module, PreTrainedToke
     _check_architecture(cfg.name, source)
     tokenizer = load_tokenizer(cfg.name)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=model_dtype(cfg, device),
             attn_implementation=cfg.attention,
             output_loading_info=True,
         )
+        model, info = loaded
     except ImportError as error:
         raise UserError(
             f"can't load {cfg.name}: {_first_line(error)}; install it or set model.attention=sdpa"
         ) from error
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"can't load the weights of {cfg.name}: {_first_line(error)}; {_again(cfg.name)}"
-        ) from error
+        raise UserError(f"can't load the weights of {cfg.name}: {_first_line(error)}; {_again(cfg.name)}") from error
     # transformers fills these with random numbers and goes on.
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
@@ -76,9 +78,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     # tokenizers raises bare Exceptions for a damaged tokenizer.json.
     except Exception as error:
-        raise UserError(
-            f"can't load the tokenizer of {name}: {_first_line(error)}; {_again(name)}"
-        ) from error
+        raise UserError(f"can't load the tokenizer of {name}: {_first_line(error)}; {_again(name)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -103,10 +103,8 @@ def _source(name: str) -> str:
         return name
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(
-                f"{name} holds an adapter, not a model; set model.name to the model it was trained on"
-            )
-        raise UserError(f"{name} holds no model (no config.json); set model.name to a directory that does")
+            raise UserError(f"{name} is an adapter, not a model; set model.name to what it was trained on")
+        raise UserError(f"{name} holds no model (no config.json); set model.name to one that does")
     return str(path)
 
 
@@ -115,9 +113,7 @@ def _check_architecture(name: str, source: str) -> None:
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"can't read the configuration of {name}: {_first_line(error)}; {_again(name)}"
-        ) from error
+        raise UserError(f"can't read the configuration of {name}: {_first_line(error)}; {_again(name)}") from error
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"the config.json of {name} names no model_type; {_again(name)}")

@@ -30,12 +30,10 @@ INDEX = "_lemo_index"
 PACKS = "_lemo_packs"
 
 
-def wants_sparsity(module: nn.Module, runtime: Runtime) -> bool:
+def leaves_out(module: Any, runtime: Runtime) -> bool:
     """Whether this call leaves tokens out: in training, or in evaluation where sparse evaluation was asked for."""
     mode = runtime.config.mode
-    if mode == "backward":
-        return module.training and torch.is_grad_enabled()
-    return mode == "forward" and (module.training or runtime.sparse_in_eval)
+    return mode != "dense" and (module.training or (mode == "forward" and runtime.sparse_in_eval))
 
 
 class SparseCausalLM:
@@ -48,9 +46,7 @@ class SparseCausalLM:
         if not self.training or (labels is None and shifted is None):
             return cls_forward(*args, **kwargs)
         if _is_set(arguments.pop("logits_to_keep", 0)):
-            raise ValueError(
-                "logits_to_keep and labels can't be combined in training; leave logits_to_keep out"
-            )
+            raise ValueError("logits_to_keep and labels can't be combined in training; leave logits_to_keep out")
         num_items = arguments.pop("num_items_in_batch", None)
         runtime: Runtime = getattr(self, RUNTIME)
         with flag(runtime, "own_loss", True):
@@ -74,9 +70,7 @@ def _loss(hidden_ND: Tensor, head: nn.Module, targets: Tensor, num_items: Any, r
         num_items = (targets != -100).sum().clamp(min=1)
     parts = [
         weight
-        * segmented_cross_entropy(
-            hidden_ND, head, targets.where(spans.weight == weight, -100), num_items=num_items
-        )
+        * segmented_cross_entropy(hidden_ND, head, targets.where(spans.weight == weight, -100), num_items=num_items)
         for weight in spans.weights
     ]
     return torch.stack(parts).sum()
@@ -88,31 +82,29 @@ class SparseDecoder:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         cls_forward = super().forward  # type: ignore[misc]
         runtime: Runtime = getattr(self, RUNTIME)
-        if not wants_sparsity(self, runtime):
-            runtime.state = None
-            return cls_forward(*args, **kwargs)
+        runtime.state = None
+        sparse = leaves_out(self, runtime)
         arguments = _named(cls_forward, args, kwargs)
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         cache = arguments.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                "a sparsified model can't train on a filled key/value cache; pass past_key_values=None"
-            )
-        arguments.update(past_key_values=None, use_cache=False)
+        cached = cache is not None and cache.get_seq_length() > 0
+        if cached and sparse:
+            raise ValueError("a sparsified model can't train on a filled key/value cache; pass past_key_values=None")
+        may_need_mask = not getattr(self, PACKS) and mask is None and positions is not None and not cached
+        if not sparse and not may_need_mask:
+            return cls_forward(*args, **kwargs)
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        layout = build_layout(
-            tokens.shape[0], tokens.shape[1], runtime.config.block_size, tokens.device, mask, positions
-        )
-        runtime.begin(layout, self.training)
-        if layout.packed and not getattr(self, PACKS):
+        layout = build_layout(*tokens.shape[:2], runtime.config.block_size, tokens.device, mask, positions)
+        if sparse:
+            arguments.update(past_key_values=None, use_cache=False)
+            runtime.begin(layout, self.training)
+        if layout.packed and may_need_mask:
             arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
         return cls_forward(**arguments)
 
 
-def document_mask(
-    documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype
-) -> Tensor:
+def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
     """Causal mask [B, 1, T, T] that isolates packed documents, for architectures whose own masks don't.
 
     Bool for sdpa, additive otherwise, as transformers builds its own.
@@ -153,35 +145,38 @@ class SparseLayer:
         cls_forward = super().forward  # type: ignore[misc]
         runtime: Runtime = getattr(self, RUNTIME)
         state = runtime.state
-        if state is None or not wants_sparsity(self, runtime):
+        exact = runtime.config.mode == "backward" and not torch.is_grad_enabled()
+        if state is None or exact:
             return cls_forward(hidden_states, *args, **kwargs)
         if args:
             kwargs = _named(functools.partial(cls_forward, hidden_states), args, kwargs)
         if runtime.config.mode == "backward":
             return _run_backward(self, hidden_states, state, cls_forward, kwargs)
 
-        def run(hidden: Tensor) -> Tensor:
-            if state.dense:
-                return cls_forward(hidden, **kwargs)
-            return forward.run_layer(
-                hidden, view, state.layout, rotary, runtime.config, getattr(self, INDEX), plans
-            )
-
-        view: ArchitectureView = getattr(self, VIEW)
-        rotary = _rotary(kwargs, state)
-        plans = forward.ForwardPlans()
-        checkpointed = (
-            self.__dict__.get("gradient_checkpointing", False) and self.training and torch.is_grad_enabled()
-        )
-        out = self._gradient_checkpointing_func(run, hidden_states) if checkpointed else run(hidden_states)
-        if plans.attention is not None and plans.mlp is not None:
-            runtime.record(getattr(self, INDEX), plans.attention, plans.mlp)
-        return out
+        return _run_forward(self, hidden_states, state, cls_forward, kwargs)
 
 
-def _run_backward(
-    layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]
-) -> Tensor:
+def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]) -> Tensor:
+    runtime: Runtime = getattr(layer, RUNTIME)
+    view: ArchitectureView = getattr(layer, VIEW)
+    index: int = getattr(layer, INDEX)
+    rotary = _rotary(kwargs, state)
+    # Outside `run`: a checkpointed recomputation finds the plans of the first run.
+    plans = forward.ForwardPlans()
+
+    def run(x: Tensor) -> Tensor:
+        if state.dense:
+            return cls_forward(x, **kwargs)
+        return forward.run_layer(x, view, state.layout, rotary, runtime.config, index, plans)
+
+    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    out = layer._gradient_checkpointing_func(run, hidden) if checkpointed else run(hidden)
+    if plans.attention is not None and plans.mlp is not None:
+        runtime.record(index, plans.attention, plans.mlp)
+    return out
+
+
+def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]) -> Tensor:
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
@@ -206,9 +201,12 @@ def _rotary(kwargs: dict[str, Any], state: BatchState) -> Rotary:
     pair = kwargs.get("position_embeddings")
     if pair is None:
         return None
-    B, T = state.layout.shape
-    cos, sin = (x.expand(B, T, x.shape[-1]).reshape(B * T, -1) for x in pair)
-    return cos, sin
+    # The layers of a model share one pair, so they share its flattened copy too.
+    if state.rotary is None or state.rotary[0] is not pair:
+        B, T = state.layout.shape
+        cos, sin = (x.expand(B, T, x.shape[-1]).reshape(B * T, -1) for x in pair)
+        state.rotary = (pair, (cos, sin))
+    return state.rotary[1]
 
 
 def _named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

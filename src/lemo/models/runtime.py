@@ -1,4 +1,4 @@
-"""What a sparsified model shares between its layers: configuration, the current batch's layout, draws and statistics."""
+"""What a sparsified model's layers share: configuration, the current batch's layout, draws and statistics."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lemo.config import SparsityConfig
 from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.ranking import plan_from_blocks
 from lemo.selection.spans import DrawnSpans, draw_spans
+from lemo.sparse.view import Rotary
 from lemo.types import SequenceLayout, StepStats, TokenPlan
 
 
@@ -27,12 +28,14 @@ class BatchState:
         spans: what the `segments` policy drew, else None.
         labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
         dense: whether everything is kept (`lemo.models.dense`).
+        rotary: transformers' (cos, sin) pair and its form with one line a row.
     """
 
     layout: SequenceLayout
     spans: DrawnSpans | None = None
     labelled: Tensor | None = None
     dense: bool = False
+    rotary: tuple[Any, Rotary] | None = None
 
 
 @dataclass
@@ -87,9 +90,7 @@ class Runtime:
             plan = state.spans.plan
         elif state.dense:
             blocks = state.layout.block_tokens.numel()
-            plan = plan_from_blocks(
-                torch.ones(blocks, dtype=torch.bool, device=grad_BTD.device), state.layout, 1.0
-            )
+            plan = plan_from_blocks(torch.ones(blocks, dtype=torch.bool, device=grad_BTD.device), state.layout, 1.0)
         else:
             energy = block_energy(grad_BTD, state.layout)
             if state.labelled is None:

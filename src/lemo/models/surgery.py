@@ -51,10 +51,10 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     runtime = Runtime(config, len(layers))
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)
+    setattr(decoder, RUNTIME, runtime)
+    setattr(decoder, PACKS, row.packs)
+    _swap(decoder, SparseDecoder)
     if config.mode != "dense":
-        setattr(decoder, RUNTIME, runtime)
-        setattr(decoder, PACKS, row.packs)
-        _swap(decoder, SparseDecoder)
         for index, layer in enumerate(layers):
             _sparsify_layer(layer, index, row, runtime)
     return model
@@ -107,9 +107,8 @@ def backbone_hidden(model: Any, **inputs: Any) -> tuple[Tensor, nn.Module]:
         inputs: as for the model, without labels.
     """
     causal_lm = _causal_lm(model)
-    return causal_lm.base_model(
-        **inputs, use_cache=False
-    ).last_hidden_state, causal_lm.get_output_embeddings()
+    outputs = causal_lm.base_model(**{**inputs, "use_cache": False})
+    return outputs.last_hidden_state, causal_lm.get_output_embeddings()
 
 
 def _runtime(model: Any) -> Runtime:
@@ -139,16 +138,17 @@ def _sparsify_layer(layer: Any, index: int, row: Architecture, runtime: Runtime)
 
 
 def _swap(module: nn.Module, mixin: type) -> None:
-    module.__class__ = _subclass(type(module), mixin)
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls, mixin)
 
 
 @functools.cache
-def _subclass(cls: type, mixin: type) -> type:
+def _subclass(cls: Any, mixin: Any) -> Any:
     """`cls` with `mixin` in front, under the same name, module and forward signature."""
 
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return mixin.forward(self, *args, **kwargs)
 
     names = {
         "__module__": cls.__module__,
@@ -163,6 +163,4 @@ def _check_per_layer(name: str, selection: BranchSelection | None, layers: int) 
     for kind in ("keep", "threshold"):
         value = getattr(selection, kind, None)
         if isinstance(value, tuple) and len(value) != layers:
-            raise ValueError(
-                f"{name}.{kind} has {len(value)} numbers and the model {layers} layers; give one a layer"
-            )
+            raise ValueError(f"{name}.{kind} has {len(value)} numbers and the model {layers} layers; give one a layer")

@@ -129,11 +129,7 @@ class ArchitectureView:
         home = self._mlp_home
         activation = getattr(home, self.row.activation)
         up = getattr(home, self.row.up)(normed_ND)
-        active = (
-            activation(up)
-            if self.row.gate is None
-            else activation(getattr(home, self.row.gate)(normed_ND)) * up
-        )
+        active = activation(up) if self.row.gate is None else activation(getattr(home, self.row.gate)(normed_ND)) * up
         return active.abs().mean(-1, dtype=torch.float32)
 
     def _drop(self, branch: Tensor) -> Tensor:

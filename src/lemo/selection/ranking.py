@@ -36,9 +36,7 @@ def order_in_documents(score: Tensor, layout: SequenceLayout, ahead: Tensor) -> 
     order = score.argsort(descending=True, stable=True)
     order = order[ahead[order].to(torch.int8).argsort(descending=True, stable=True)]
     order = order[document[order].argsort(stable=True)]
-    rank = (
-        torch.arange(score.numel(), device=score.device) - first_blocks(layout, score.device)[document[order]]
-    )
+    rank = torch.arange(score.numel(), device=score.device) - first_blocks(layout, score.device)[document[order]]
     return order, rank
 
 

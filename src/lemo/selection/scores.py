@@ -17,9 +17,7 @@ from lemo.types import SequenceLayout, TokenPlan
 _SCORES_AT_ONCE = 2**26
 
 
-def block_pair_scores(
-    q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None
-) -> Tensor:
+def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None) -> Tensor:
     """Pair scores of one document (equations 1-2), fp32 [blocks, blocks]; query block I, key block J, 0 above I.
 
     Args:
@@ -46,9 +44,7 @@ def block_pair_scores(
         pair = torch.where(seen, pair, 0.0)
         rows, columns = -(-(end - start) // block_size), -(-end // block_size)
         # Scores are >= 0, so zero padding never wins a maximum.
-        pair = torch.nn.functional.pad(
-            pair, (0, columns * block_size - end, 0, rows * block_size - (end - start))
-        )
+        pair = torch.nn.functional.pad(pair, (0, columns * block_size - end, 0, rows * block_size - (end - start)))
         pair = pair.view(rows, block_size, columns, block_size).amax((1, 3))
         scores[start // block_size : start // block_size + rows, :columns] = pair
     return scores
@@ -79,9 +75,7 @@ def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) 
     return torch.where(first, 0.0, score.roll(1))
 
 
-def select_by_score(
-    score: Tensor, layout: SequenceLayout, selection: BranchSelection, layer: int
-) -> TokenPlan:
+def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSelection, layer: int) -> TokenPlan:
     """The plan of one branch: the highest blocks (`keep`) or those at or above the layer's `threshold`.
 
     The first and the last block of each document are always kept (DESIGN 4.6).

@@ -42,8 +42,7 @@ def attend_rows(
         layout: documents.
         dropout: where attention dropout takes its masks, or None.
     """
-    H, N, d = q_HNd.shape
-    out = q_HNd.new_empty(H, N, v_KMd.shape[-1]) if N == 0 else None
+    H, N, _ = q_HNd.shape
     site = dropout.next_site() if dropout is not None and view.attention_dropout > 0 else None
     parts = []
     for index, (first, end) in enumerate(layout.documents):
@@ -72,8 +71,7 @@ def attend_rows(
                 site,
             )
         )
-    context = torch.cat(parts, dim=1) if parts else out
-    assert context is not None
+    context = torch.cat(parts, dim=1) if parts else q_HNd.new_empty(H, 0, v_KMd.shape[-1])
     return context.transpose(0, 1).reshape(N, -1)
 
 

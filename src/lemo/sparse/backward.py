@@ -138,9 +138,7 @@ def _dense_pre_norm(hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout 
     return mid
 
 
-def _dense_post_norm(
-    hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout | None
-) -> tuple[Tensor, ...]:
+def _dense_post_norm(hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout | None) -> tuple[Tensor, ...]:
     """Output and the two sums the norms see: their backward needs every row's, kept or not."""
     sum_attention = hidden_BTD + call.attend(hidden_BTD)
     sum_mlp = call.view.attention_norm(sum_attention).clone()
@@ -249,7 +247,9 @@ def _grad(
     inputs = [*([leaf] if leaf.requires_grad else []), *call.parameters]
     if not inputs or not output.requires_grad:
         return None, [None] * len(call.parameters)
-    grads = list(torch.autograd.grad(output, inputs, grad_output.to(output.dtype), allow_unused=True))
+    grads: list[Tensor | None] = list(
+        torch.autograd.grad(output, inputs, grad_output.to(output.dtype), allow_unused=True)
+    )
     first = grads.pop(0) if leaf.requires_grad else None
     return first, grads
 

@@ -167,12 +167,8 @@ def attention_with_dropout(
     H, N, M = q_HNd.shape[0], q_HNd.shape[1], k_HMd.shape[1]
     scores = (q_HNd @ k_HMd.transpose(1, 2)) * scaling
     if mask_NM is not None:
-        scores = (
-            scores.masked_fill(~mask_NM, float("-inf")) if mask_NM.dtype == torch.bool else scores + mask_NM
-        )
-    weights = torch.softmax(
-        scores, dim=-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32
-    )
+        scores = scores.masked_fill(~mask_NM, float("-inf")) if mask_NM.dtype == torch.bool else scores + mask_NM
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     # A padding row attends nothing, which softmax makes NaN; every other NaN is the caller's to see.
     weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0).to(v_HMd.dtype)
     heads = torch.arange(H, device=q_HNd.device)[:, None] * rows_per_head

@@ -58,9 +58,7 @@ def run_layer(
     hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     if plans.attention is None:
         plans.attention = _plan_attention(hidden.detach(), view, layout, rotary, config, layer)
-    hidden = hidden.index_add(
-        0, plans.attention.rows, _attention(hidden, view, layout, rotary, plans.attention)
-    )
+    hidden = hidden.index_add(0, plans.attention.rows, _attention(hidden, view, layout, rotary, plans.attention))
     if view.post_norm:
         hidden = view.attention_norm(hidden)
     if plans.mlp is None:
@@ -73,17 +71,13 @@ def run_layer(
     return hidden.view_as(hidden_BTD)
 
 
-def _attention(
-    hidden: Tensor, view: LayerView, layout: SequenceLayout, rotary: Rotary, plan: TokenPlan
-) -> Tensor:
+def _attention(hidden: Tensor, view: LayerView, layout: SequenceLayout, rotary: Rotary, plan: TokenPlan) -> Tensor:
     kept = hidden[plan.rows]
     normed = kept if view.post_norm else view.attention_norm(kept)
     kept_rotary = None if rotary is None else (rotary[0][plan.rows], rotary[1][plan.rows])
     q = view.query(normed, kept_rotary)
     k, v = view.key_value(normed, kept_rotary)
-    context = attend_rows(
-        view, q, k, v, plan.rows, plan.cu_seqlens, plan.rows, plan.cu_seqlens, layout, dropout=None
-    )
+    context = attend_rows(view, q, k, v, plan.rows, plan.cu_seqlens, plan.rows, plan.cu_seqlens, layout, dropout=None)
     return view.attention_output(context).to(hidden.dtype)
 
 
@@ -114,23 +108,16 @@ def _plan_attention(
 
 
 @torch.no_grad()
-def _plan_mlp(
-    hidden: Tensor, view: LayerView, layout: SequenceLayout, config: SparsityConfig, layer: int
-) -> TokenPlan:
+def _plan_mlp(hidden: Tensor, view: LayerView, layout: SequenceLayout, config: SparsityConfig, layer: int) -> TokenPlan:
     selection = config.mlp_selection
     if selection is None:
         return _everything(layout, hidden.device)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
-            [
-                view.mlp_activity(part if view.post_norm else view.mlp_norm(part))
-                for part in hidden.split(step)
-            ]
+            [view.mlp_activity(part if view.post_norm else view.mlp_norm(part)) for part in hidden.split(step)]
         )
-    return select_by_score(
-        mlp_informativeness(activity, layout, config.score == "causal"), layout, selection, layer
-    )
+    return select_by_score(mlp_informativeness(activity, layout, config.score == "causal"), layout, selection, layer)
 
 
 def _everything(layout: SequenceLayout, device: torch.device) -> TokenPlan:
