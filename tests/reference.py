@@ -108,9 +108,7 @@ def explicit_masks(model: nn.Module, batch: Batch, keys: list[set[int] | None] |
     for i, layer in enumerate(layers_of(model)):
         mask = allowed_mask(batch, window_of(model, i), keys[i] if keys else None)
         if eager:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(dtype).min
-            )
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
         def replace(module: nn.Module, args: tuple, kwargs: dict, mask: Tensor = mask) -> tuple[tuple, dict]:
             return args, kwargs | {"attention_mask": mask}
@@ -137,12 +135,10 @@ def backward_reference(
     rows: list[set[int]] = [set() for _ in layers]
 
     def cut(tensor: Tensor, layer: int) -> None:
-        if tensor.requires_grad:
-            tensor.register_hook(
-                lambda g: (
-                    g * row_mask(rows[layer], batch, g.dtype).view(*tensor.shape[:-1], 1)
-                )  # rows known by now
-            )
+        leading = tensor.shape[: 1 if tensor.dim() == 2 else 2]  # OPT's fc2 gives [B·T, D], Qwen3's k_norm [B, T, K, d]
+        shape = (*leading, *[1] * (tensor.dim() - len(leading)))
+        if tensor.requires_grad:  # the layer's rows are known when this runs: its output's gradient comes first
+            tensor.register_hook(lambda g: g * row_mask(rows[layer], batch, g.dtype).view(shape))
 
     def plan(tensor: Tensor, layer: int) -> None:
         def on_gradient(gradient: Tensor) -> None:
@@ -154,7 +150,8 @@ def backward_reference(
     for i, layer in enumerate(layers):
         cut_here = [layer.self_attn, mlp_output_module(layer)]
         if kv_grad == "kept":
-            cut_here += [layer.self_attn.k_proj, layer.self_attn.v_proj]
+            # Keys are what enters attention: after their norm, where the model has one.
+            cut_here += [getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj), layer.self_attn.v_proj]
         for module in cut_here:
             handles.append(module.register_forward_hook(lambda m, a, out, i=i: cut(tensor_of(out), i)))
         handles.append(layer.register_forward_hook(lambda m, a, out, i=i: plan(tensor_of(out), i)))
@@ -182,9 +179,7 @@ def segment_loss(
 def spans_of(document: list[int], spans: int) -> list[tuple[int, int]]:
     """The document cut into equal spans (the last may be shorter), as (first row, row after the last)."""
     size = math.ceil(len(document) / spans)
-    return [
-        (document[i], document[min(i + size, len(document)) - 1] + 1) for i in range(0, len(document), size)
-    ]
+    return [(document[i], document[min(i + size, len(document)) - 1] + 1) for i in range(0, len(document), size)]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -86,9 +86,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def add_lora(model: nn.Module, *, dropout: float = 0.0, seed: int = 1) -> nn.Module:
     """LoRA on every linear but the head; `lora_B` gets random values, since zeros would hide errors."""
-    config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -171,11 +169,7 @@ class Batch:
         }
         if labels:
             values["labels"] = self.labels
-        return (
-            {key: value for key, value in values.items() if value is not None}
-            | {"use_cache": False}
-            | self.extra
-        )
+        return {key: value for key, value in values.items() if value is not None} | {"use_cache": False} | self.extra
 
     @property
     def rows(self) -> int:
@@ -214,9 +208,7 @@ CASES = [
 ]
 
 
-def make_batch(
-    name: str, device: torch.device | str = "cpu", *, label_all: bool = False, seed: int = 3
-) -> Batch:
+def make_batch(name: str, device: torch.device | str = "cpu", *, label_all: bool = False, seed: int = 3) -> Batch:
     """One of BATCHES. `label_all` labels every token but each document's first (as packing collators do)."""
     shape, side, labelled = _SHAPES[name]
     generator = torch.Generator().manual_seed(seed)

@@ -21,6 +21,7 @@ from lemo.config import Frozen, RunConfig
 from lemo.errors import UserError
 
 DEFAULT_CONFIG = "default.yaml"
+SAVED_CONFIG = "config.yaml"
 
 # pydantic's error type -> what is allowed instead; {…} is filled from the error's context.
 _ALLOWED = {
@@ -50,14 +51,17 @@ def load_config(
     data: str | None = None,
     model: str | None = None,
     output: str | None = None,
+    device: str | None = None,
     overrides: Sequence[str] = (),
+    resume: bool = False,
 ) -> RunConfig:
     """The resolved configuration of a run.
 
     Args:
         path: YAML file laid over `RunConfig`'s defaults. Without it and without `data`, the packaged job.
-        data, model, output: the flags of those names; they win over the file.
+        data, model, output, device: the flags of those names; they win over the file.
         overrides: `key=value`, dotted key and YAML value, as in `sparsity.fidelity=0.9`; they win over all.
+        resume: without `path`, the configuration that the run in `output` saved takes the file's place.
 
     Raises:
         UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
@@ -77,6 +81,7 @@ def load_config(
         ("--data", "data.train", data),
         ("--model", "model.name", model),
         ("--output", "output", output),
+        ("--device", "device", device),
     ):
         if value is not None:
             _put(values, key, value, flag)
@@ -87,9 +92,13 @@ def load_config(
         _put(values, key, value, f"--set {override}")
         given[key] = f"--set {override}"
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_explain(error.errors(), source, given))) from error
+    saved = Path(config.output) / SAVED_CONFIG
+    if resume and path is None and saved.is_file():
+        return load_config(saved, data=data, model=model, output=config.output, device=device, overrides=overrides)
+    return config
 
 
 def save_resolved(config: RunConfig, path: Path) -> None:
@@ -112,9 +121,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(
-            f"--config {path}: no such file; leave --config out to run the built-in example"
-        ) from error
+        raise UserError(f"--config {path}: no such file; leave --config out to run the built-in example") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: can't be read as UTF-8 text ({error})") from error
 
@@ -123,9 +130,7 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{source}{_line_of(error)}: not valid YAML ({_reason(error)}); correct it there"
-        ) from error
+        raise UserError(f"{source}{_line_of(error)}: not valid YAML ({_reason(error)}); correct it there") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -150,9 +155,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"--set {override}: the value is not valid YAML ({_reason(error)}); quote it"
-        ) from error
+        raise UserError(f"--set {override}: the value is not valid YAML ({_reason(error)}); quote it") from error
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -167,9 +170,7 @@ def _put(values: dict[str, Any], key: str, value: Any, source: str) -> None:
         if inner is None:
             inner = values[name] = {}
         elif not isinstance(inner, dict):
-            raise UserError(
-                f"{source}: {'.'.join(sections[: depth + 1])} is {inner!r}, which has no keys of its own"
-            )
+            raise UserError(f"{source}: {'.'.join(sections[: depth + 1])} is {inner!r}, which has no keys of its own")
         values = inner
     values[last] = value
 
@@ -221,9 +222,7 @@ def _explain(errors: list[ErrorDetails], source: str, given: Mapping[str, str]) 
         # Inside a list the input is one element; the whole value isn't known here.
         values[key] = error["input"] if exact else values.get(key, error["input"])
     return [
-        f"{_source_of(key, source, given)}: {key}{_shown(values[key])} {' or '.join(texts)}".replace(
-            ": :", ":"
-        )
+        f"{_source_of(key, source, given)}: {key}{_shown(values[key])} {' or '.join(texts)}".replace(": :", ":")
         for key, texts in allowed.items()
     ]
 

@@ -115,17 +115,14 @@ def informativeness(query: Tensor, key: Tensor, batch: Batch, window: int | None
     return torch.where(seen, A, torch.zeros_like(A))
 
 
-def attention_scores(
-    A: Tensor, batch: Batch, document: list[int], block_size: int, score: str
-) -> list[float]:
+def attention_scores(A: Tensor, batch: Batch, document: list[int], block_size: int, score: str) -> list[float]:
     """One score for each of the document's blocks: equation 2, or the causal variant."""
     T = batch.input_ids.shape[1]
     matrix = A[document[0] // T].tolist()
     blocks = [[row % T for row in block] for block in blocks_of(document, block_size)]
     n = len(blocks)
     S = [
-        [max(matrix[i][j] for i in blocks[I] for j in blocks[J]) if J <= I else 0.0 for J in range(n)]
-        for I in range(n)
+        [max(matrix[i][j] for i in blocks[I] for j in blocks[J]) if J <= I else 0.0 for J in range(n)] for I in range(n)
     ]
     if score == "paper":
         return [sum(S[I][J] for I in range(J, n)) for J in range(n)]
@@ -138,9 +135,7 @@ def mlp_scores(activity: Tensor, document: list[int], block_size: int, score: st
     return own if score == "paper" else [math.inf, *own[:-1]]
 
 
-def chosen_blocks(
-    scores: list[float], *, keep: float | None = None, threshold: float | None = None
-) -> set[int]:
+def chosen_blocks(scores: list[float], *, keep: float | None = None, threshold: float | None = None) -> set[int]:
     """Blocks of one document that take part; the first and the last always do (DESIGN 4.6)."""
     n = len(scores)
     always = {0, n - 1}

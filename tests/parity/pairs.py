@@ -20,9 +20,7 @@ def config(**values: Any) -> lemo.SparsityConfig:
     return lemo.SparsityConfig(**({"block_size": BLOCK, "tile_mib": 0.0} | values))
 
 
-def pair(
-    family: str, device: torch.device, settings: lemo.SparsityConfig, **model: Any
-) -> tuple[nn.Module, nn.Module]:
+def pair(family: str, device: torch.device, settings: lemo.SparsityConfig, **model: Any) -> tuple[nn.Module, nn.Module]:
     """(unmodified model, sparsified copy with the same parameters)."""
     dense = build(family, device, **model)
     return dense, lemo.sparsify(copy.deepcopy(dense), settings)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lemo
 from reference import EnergyRule, assert_same_gradients, backward_reference, energy_rows, gradients
-from tiny import CASES, BLOCK, FAMILIES, Batch, add_lora, build, make_batch
+from tiny import BLOCK, CASES, FAMILIES, Batch, add_lora, build, make_batch
 
 RULES: dict[str, dict[str, Any]] = {
     "half": {"fidelity": 0.5},
@@ -23,13 +23,9 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def hook_reference(
-    model: nn.Module, batch: Batch, rule: dict[str, Any], **call: Any
-) -> tuple[Tensor, list[set[int]]]:
+def hook_reference(model: nn.Module, batch: Batch, rule: dict[str, Any], **call: Any) -> tuple[Tensor, list[set[int]]]:
     """The reference for one rule; gradients stay in `.grad`."""
-    energy = EnergyRule(
-        **{k: v for k, v in rule.items() if k in ("fidelity", "keep", "labelled", "block_size")}
-    )
+    energy = EnergyRule(**{k: v for k, v in rule.items() if k in ("fidelity", "keep", "labelled", "block_size")})
     return backward_reference(
         model, batch, lambda i, g: energy_rows(g, batch, energy), kv_grad=rule.get("kv_grad", "all"), **call
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 import lemo
 from reference import assert_same_gradients, backward_reference, gradients, segment_loss, spans_of
-from tiny import CASES, FAMILIES, Batch, make_batch
+from tiny import CASES, Batch, make_batch
 
 
 def drawn_spans(model: nn.Module) -> list[list[tuple[int, int]]]:
@@ -94,9 +94,7 @@ def _all_draws(sparse: nn.Module, batch: Batch, draws: int, forwards: int) -> di
 def test_mean_over_all_draws_is_the_dense_loss(
     spans: int, drawn: int, draws: int, label_all: bool, device: torch.device
 ) -> None:
-    dense, sparse = pair(
-        "llama", device, config(policy="segments", segments={"spans": spans, "drawn": drawn})
-    )
+    dense, sparse = pair("llama", device, config(policy="segments", segments={"spans": spans, "drawn": drawn}))
     batch = make_batch("plain", device, label_all=label_all)
     losses = _all_draws(sparse, batch, draws, forwards=60)
     assert sum(losses.values()) / len(losses) == pytest.approx(dense(**batch.inputs()).loss.item(), rel=1e-6)

@@ -87,6 +87,13 @@ def test_tokens_in_spans_on_bytes_of_one_character() -> None:
     assert tokens_in_spans([], [(0, 1)]).tolist() == []
 
 
+def test_white_space_at_the_very_end_of_a_marked_span() -> None:
+    marked = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{{ '|' }}{% endfor %}"
+    tokenizer = byte_tokenizer(template=marked, trim_offsets=True, merges=[("Ġ", "Ġ")])
+    assert tokenizer("a  |", return_offsets_mapping=True)["offset_mapping"][1] == (3, 3)
+    assert _labelled_text(tokenizer, _encode(tokenizer, {"role": "assistant", "content": "a  "})) == "a  "
+
+
 def test_tokenizer_without_a_chat_template() -> None:
     with pytest.raises(UserError, match="chat template, and this model's has none; use an instruction-tuned model"):
         _encode(byte_tokenizer(), *TURNS)
@@ -95,7 +102,8 @@ def test_tokenizer_without_a_chat_template() -> None:
 def test_template_that_rewrites_earlier_answers() -> None:
     # As Qwen3's does: reasoning is written into the last answer only.
     rewriting = CHATML.replace(
-        "message['content'] +", "('<think></think>' if loop.last else '') + message['content'] +"
+        "message['content'] +",
+        "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] +",
     )
     tokenizer = byte_tokenizer(template=rewriting)
     assert _labelled_text(tokenizer, _encode(tokenizer, *TURNS[:3])).startswith("<think></think>1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from transformers import DataCollatorWithFlattening
 
@@ -16,9 +18,9 @@ def _row(*ids: int, labels: list[int] | None = None) -> dict[str, object]:
 def _packed(*lengths: int) -> dict[str, object]:
     documents = [[10 * number + position for position in range(n)] for number, n in enumerate(lengths, start=1)]
     return {
-        "input_ids": sum(documents, []),
-        "labels": sum(([-100, *document[1:]] for document in documents), []),
-        "position_ids": sum((list(range(n)) for n in lengths), []),
+        "input_ids": list(chain(*documents)),
+        "labels": list(chain(*([-100, *document[1:]] for document in documents))),
+        "position_ids": list(chain(*map(range, lengths))),
         "name": "x + y",
     }
 

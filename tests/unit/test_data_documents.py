@@ -162,7 +162,7 @@ _USER = {"role": "user", "content": "q"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "b"', r"not valid JSON \(Expecting .* at column 13\); a \.jsonl file holds one complete JSON object"),
+        ('{"text": "b"', r"not valid JSON \(Expecting .* at column 13\); a \.jsonl file holds one"),
         ("[1]", "expected a JSON object with text, prompt .* found a list"),
         ("3", "found a number"),
         ({}, "an empty object; accepted keys are text, prompt \\+ completion, or messages"),

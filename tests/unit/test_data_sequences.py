@@ -69,9 +69,7 @@ def test_truncate_to_a_completion_that_just_fits_loses_its_first_label_and_says_
 
 
 def test_truncate_refuses_a_completion_that_does_not_fit() -> None:
-    with pytest.raises(
-        UserError, match=r"^dir/doc: its completion alone has 9 tokens, over data\.max_tokens 8, .*drop"
-    ):
+    with pytest.raises(UserError, match=r"^dir/doc: its completion alone has 9 tokens, over data\.max_tokens 8"):
         _build(_pair(1, 9), max_tokens=8, overflow="truncate")
 
 

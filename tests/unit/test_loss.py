@@ -56,7 +56,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def batch(n: int = N, masked: str = "some") -> tuple[Tensor, Tensor]:
+def batch(n: int = N, masked: str = "some", device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens_N = torch.randint(V, (n,), generator=generator)
     labels_N = torch.randint(V, (n,), generator=generator)
@@ -64,15 +64,13 @@ def batch(n: int = N, masked: str = "some") -> tuple[Tensor, Tensor]:
         labels_N[torch.tensor([0, 3, 4, n - 1])] = -100
     elif masked == "all":
         labels_N[:] = -100
-    return tokens_N, labels_N
+    return tokens_N.to(device), labels_N.to(device)
 
 
 def gradients(net: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     net.zero_grad()
     loss.backward()
-    return {
-        name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad and p.grad is not None
-    }
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad and p.grad is not None}
 
 
 def reference_loss(net: nn.Module, tokens_N: Tensor, labels_N: Tensor, num_items: float | None) -> Tensor:
@@ -98,9 +96,11 @@ def _seed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", ["none", "some"])
 @pytest.mark.parametrize("head", HEADS)
-def test_equals_full_cross_entropy_for_every_chunk_size(head: str, masked: str, dtype: torch.dtype) -> None:
-    net = HEADS[head]().to(dtype)
-    tokens_N, labels_N = batch(masked=masked)
+def test_equals_full_cross_entropy_for_every_chunk_size(
+    head: str, masked: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    net = HEADS[head]().to(device, dtype)
+    tokens_N, labels_N = batch(masked=masked, device=device)
     expected = reference_loss(net, tokens_N, labels_N, None)
     expected_gradients = gradients(net, expected)
     assert expected_gradients
@@ -113,24 +113,24 @@ def test_equals_full_cross_entropy_for_every_chunk_size(head: str, masked: str, 
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_num_items_divides_the_sum(as_tensor: bool) -> None:
-    net = Net(bias=True)
-    tokens_N, labels_N = batch()
+def test_num_items_divides_the_sum(as_tensor: bool, device: torch.device) -> None:
+    net = Net(bias=True).to(device)
+    tokens_N, labels_N = batch(device=device)
     expected = reference_loss(net, tokens_N, labels_N, 40.5)
     expected_gradients = gradients(net, expected)
     num_items = torch.tensor(40.5) if as_tensor else 40.5
-    loss = segmented_cross_entropy(
-        net.hidden(tokens_N), net.lm_head, labels_N, num_items=num_items, chunk_rows=4
-    )
+    loss = segmented_cross_entropy(net.hidden(tokens_N), net.lm_head, labels_N, num_items=num_items, chunk_rows=4)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert_same_gradients(gradients(net, loss), expected_gradients, 1e-5)
 
 
 @pytest.mark.parametrize("num_items", [None, 0, 7, torch.tensor(0), torch.tensor(7)])
 @pytest.mark.parametrize("head", HEADS)
-def test_no_label_is_a_zero_that_keeps_the_graph(head: str, num_items: float | Tensor | None) -> None:
-    net = HEADS[head]()
-    tokens_N, labels_N = batch(masked="all")
+def test_no_label_is_a_zero_that_keeps_the_graph(
+    head: str, num_items: float | Tensor | None, device: torch.device
+) -> None:
+    net = HEADS[head]().to(device)
+    tokens_N, labels_N = batch(masked="all", device=device)
     loss = segmented_cross_entropy(net.hidden(tokens_N), net.lm_head, labels_N, num_items=num_items)
     assert loss.item() == 0.0
     found = gradients(net, loss)
@@ -146,9 +146,7 @@ def test_incoming_gradient_and_accumulation() -> None:
     expected = gradients(net, 3 * reference_loss(net, tokens_N, labels_N, None))
     net.zero_grad()
     for part in (slice(0, 5), slice(5, N)):
-        loss = segmented_cross_entropy(
-            net.hidden(tokens_N[part]), net.lm_head, labels_N[part], num_items=items
-        )
+        loss = segmented_cross_entropy(net.hidden(tokens_N[part]), net.lm_head, labels_N[part], num_items=items)
         (3 * loss).backward()
     found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     assert_same_gradients(found, expected, 1e-5)
@@ -205,17 +203,17 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
 
 
 @pytest.mark.parametrize("cached_under_no_grad", [False, True])
-def test_head_runs_under_the_callers_autocast(cached_under_no_grad: bool) -> None:
+def test_head_runs_under_the_callers_autocast(cached_under_no_grad: bool, device: torch.device) -> None:
     """Whatever autocast has cached; error against fp32 at most full cross-entropy's own plus a rounding."""
-    net = Net(bias=True)
-    tokens_N, labels_N = batch()
+    net = Net(bias=True).to(device)
+    tokens_N, labels_N = batch(device=device)
     exact = gradients(net, reference_loss(net, tokens_N, labels_N, None))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         expected = reference_loss(net, tokens_N, labels_N, None)
     plain = gradients(net, expected)
     seen = []
     net.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         hidden_ND = net.hidden(tokens_N)
         if cached_under_no_grad:
             with torch.no_grad():
@@ -230,14 +228,14 @@ def test_head_runs_under_the_callers_autocast(cached_under_no_grad: bool) -> Non
         assert (found[name] - truth).norm() / truth.norm() <= own_error + 2**-9, name
 
 
-def test_bfloat16_error_is_the_references_own() -> None:
+def test_bfloat16_error_is_the_references_own(device: torch.device) -> None:
     """Error against fp64, per tensor, at most the full bf16 path's own plus one rounding of the result."""
-    exact = Net(bias=True).double()
+    exact = Net(bias=True).double().to(device)
     net = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict({name: value.double() for name, value in net.state_dict().items()})
     generator = torch.Generator().manual_seed(2)
-    hidden_ND = torch.randn(200, D, generator=generator).bfloat16()
-    labels_N = torch.randint(V, (200,), generator=generator)
+    hidden_ND = torch.randn(200, D, generator=generator).to(device, torch.bfloat16)
+    labels_N = torch.randint(V, (200,), generator=generator).to(device)
 
     def loss_and_gradients(head: nn.Module, dtype: torch.dtype, segmented: bool) -> list[Tensor]:
         leaf_ND = hidden_ND.to(dtype).requires_grad_()
@@ -305,9 +303,7 @@ def test_no_tensor_has_all_rows_times_the_vocabulary(head: str, with_gradients: 
     assert full.numel == rows * V  # the recorder sees what it must not see below
     with LargestTensor() as ours:
         if with_gradients:
-            segmented_cross_entropy(
-                net.hidden(tokens_N), net.lm_head, labels_N, chunk_rows=chunk_rows
-            ).backward()
+            segmented_cross_entropy(net.hidden(tokens_N), net.lm_head, labels_N, chunk_rows=chunk_rows).backward()
         else:
             token_losses(net.hidden(tokens_N), net.lm_head, labels_N, chunk_rows=chunk_rows)
     assert ours.numel <= max(rows * D, V * D, chunk_rows * V)
@@ -337,10 +333,10 @@ def test_nothing_with_vocabulary_columns_is_saved_for_backward() -> None:
 def test_chunk_rows_follow_the_byte_budget() -> None:
     hidden_ND = torch.zeros(1, 4, dtype=torch.bfloat16)
     llama = nn.Linear(4, 128_256, device="meta")
-    assert _chunk_rows(llama, hidden_ND, None) == 192
-    assert CHUNK_MIB * 2**20 >= 192 * 128_256 * 10
+    assert _chunk_rows(llama, hidden_ND, None) == 256
+    assert CHUNK_MIB * 2**20 >= 256 * 128_256 * 14
     assert _chunk_rows(nn.Linear(4, 10**9, device="meta"), hidden_ND, None) == 1
-    assert _chunk_rows(nn.Sequential(nn.Linear(4, 2048).bfloat16()), hidden_ND, None) == 13_056
+    assert _chunk_rows(nn.Sequential(nn.Linear(4, 2048).bfloat16()), hidden_ND, None) == 18_688
     assert _chunk_rows(llama, hidden_ND, 5) == 5
 
 
@@ -353,3 +349,31 @@ def test_wrong_shapes_are_refused() -> None:
         token_losses(net.hidden(tokens_N), net.lm_head, labels_N[1:])
     with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
         segmented_cross_entropy(net.hidden(tokens_N), net.lm_head, labels_N, chunk_rows=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lora", [False, True])
+def test_peak_memory_stays_within_the_budget(lora: bool, device: torch.device) -> None:
+    """Llama-3's vocabulary in bfloat16: `CHUNK_MIB`, the gradients that are handed out, and 8 MiB of small things."""
+    rows, width, vocabulary = 4096, 1024, 128_256
+    head: nn.Module = nn.Linear(width, vocabulary, bias=False, device=device, dtype=torch.bfloat16)
+    head.requires_grad_(False)
+    if lora:
+        wrapper = get_peft_model(nn.ModuleDict({"lm_head": head}), LoraConfig(r=8, target_modules=["lm_head"]))
+        head = wrapper.base_model.model["lm_head"]
+    hidden_ND = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    labels_N = torch.randint(vocabulary, (rows,), device=device)
+    # cuBLAS takes its workspace at the first call.
+    segmented_cross_entropy(hidden_ND[:8], head, labels_N[:8]).backward()
+    hidden_ND.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = segmented_cross_entropy(hidden_ND, head, labels_N)
+    peak = torch.cuda.max_memory_allocated() - before
+    loss.backward()
+    assert hidden_ND.grad is not None
+    # A trainable parameter's gradient exists twice in a chunk (its own and the fp32 sum), and once more as it is made.
+    handed_out = hidden_ND.nbytes + 3 * sum(p.nbytes for p in head.parameters() if p.requires_grad)
+    assert peak <= CHUNK_MIB * 2**20 + handed_out + 2**23
+    assert peak >= 64 * 2**20  # the measurement sees the chunks

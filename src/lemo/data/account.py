@@ -131,7 +131,7 @@ class DataReport:
     def render(self) -> Table:
         """The table shown before step 1; the remarks are its caption."""
         table = Table(title="Data", caption="\n".join(self.notes) or None, caption_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         table.add_column("train", justify="right")
         table.add_column("held-out", justify="right")
         for row in self.as_rows():
@@ -146,23 +146,23 @@ def _lines(account: SplitAccount) -> list[tuple[str, str]]:
         ("documents found", f"{account.found:,}"),
         ("  empty files", f"{account.empty:,}"),
         ("  past max_documents", f"{account.not_taken:,}"),
-        ("  dropped, under min_tokens", _tally(account.short)),
-        ("  dropped, over max_tokens", _tally(account.long)),
+        ("  dropped under min_tokens", _tally(account.short)),
+        ("  dropped over max_tokens", _tally(account.long)),
         ("documents used", f"{account.documents:,}"),
-        ("  truncated", _tally(account.truncated, "cut off")),
+        ("  truncated", _tally(account.truncated, "cut")),
         ("  split", f"{account.split.documents:,} → {account.pieces:,} sequences" if account.pieces else "0"),
         ("sequences", f"{account.sequences:,}"),
         ("  packed", packed),
         ("tokens", f"{account.tokens:,}"),
         ("labelled tokens", f"{account.labelled_tokens:,}"),
-        ("  labels lost in cutting", f"{account.labels_lost:,}"),
-        ("sequence length: min, median", _pair(lengths, "min", "p50")),
-        ("sequence length: p90, max", _pair(lengths, "p90", "max")),
+        ("  labels lost by cutting", f"{account.labels_lost:,}"),
+        ("length: min, median", _pair(lengths, "min", "p50")),
+        ("length: p90, max", _pair(lengths, "p90", "max")),
     ]
 
 
-def _tally(tally: Tally, what: str = "") -> str:
-    return f"{tally.documents:,} ({tally.tokens:,} tokens{what and ' ' + what})" if tally.documents else "0"
+def _tally(tally: Tally, what: str = "tokens") -> str:
+    return f"{tally.documents:,} ({tally.tokens:,} {what})" if tally.documents else "0"
 
 
 def _pair(lengths: dict[str, int], first: str, second: str) -> str:

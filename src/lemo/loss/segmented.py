@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_MIB = 256
+CHUNK_MIB = 512
 ROWS_MULTIPLE = 64
 
 
@@ -48,7 +48,7 @@ def segmented_cross_entropy(
         head: module that maps [C, D] to [C, V]; called as a module, so LoRA, bias and quantised heads work.
         labels_N: int64, the token each row predicts (already shifted); -100 has no loss.
         num_items: divides the summed loss (labels of the accumulated batch); None: the number of labels here.
-        chunk_rows: rows per chunk; None derives them from a budget of 256 MiB (see `_chunk_rows`).
+        chunk_rows: rows per chunk; None derives them from a budget of 512 MiB (see `_chunk_rows`).
 
     Returns:
         Scalar loss, fp32 (fp64 for an fp64 head); without any label a zero with zero gradients.
@@ -71,9 +71,7 @@ def segmented_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(
-    hidden_ND: Tensor, head: nn.Module, labels_N: Tensor, *, chunk_rows: int | None = None
-) -> Tensor:
+def token_losses(hidden_ND: Tensor, head: nn.Module, labels_N: Tensor, *, chunk_rows: int | None = None) -> Tensor:
     """Cross-entropy of each row, without gradients and without N×V logits.
 
     Args and errors as in `segmented_cross_entropy`.
@@ -84,9 +82,7 @@ def token_losses(
     rows_R = _labelled_rows(hidden_ND, labels_N)
     chunk = _chunk_rows(head, hidden_ND, chunk_rows)
     losses_N = torch.zeros(labels_N.shape[0], dtype=torch.float32, device=hidden_ND.device)
-    return losses_N.index_copy_(
-        0, rows_R, _row_losses(hidden_ND, head, labels_N, rows_R, chunk).to(losses_N.dtype)
-    )
+    return losses_N.index_copy_(0, rows_R, _row_losses(hidden_ND, head, labels_N, rows_R, chunk).to(losses_N.dtype))
 
 
 class _SegmentedCrossEntropy(torch.autograd.Function):
@@ -153,14 +149,14 @@ def _chunk_loss_and_gradients(
     if not logits_CV.requires_grad:
         return -log_p_label_C1[:, 0], [None] * len(inputs)
     # d(-log p_label)/d logits = p - 1[label], written over the log-probabilities.
-    gradient_CV = log_p_CV.exp_().scatter_(1, labels_C[:, None], log_p_label_C1.expm1())
-    gradients = torch.autograd.grad(logits_CV, inputs, gradient_CV.to(logits_CV.dtype), allow_unused=True)
+    gradient_CV = log_p_CV.exp_().scatter_(1, labels_C[:, None], log_p_label_C1.expm1()).to(logits_CV.dtype)
+    # In low precision the line above copied them; the fp32 original must not live through the backward.
+    del log_p_CV
+    gradients = torch.autograd.grad(logits_CV, inputs, gradient_CV, allow_unused=True)
     return -log_p_label_C1[:, 0], list(gradients)
 
 
-def _row_losses(
-    hidden_ND: Tensor, head: nn.Module, labels_N: Tensor, rows_R: Tensor, chunk_rows: int
-) -> Tensor:
+def _row_losses(hidden_ND: Tensor, head: nn.Module, labels_N: Tensor, rows_R: Tensor, chunk_rows: int) -> Tensor:
     """Losses [R] of the labelled rows, without gradients."""
     losses = []
     with torch.no_grad():
@@ -220,17 +216,18 @@ def _chunk_rows(head: nn.Module, hidden_ND: Tensor, asked: int | None) -> int:
     """Rows per chunk such that what lives on V columns stays within `CHUNK_MIB`.
 
     With s bytes an element of the head's output, a row needs at its peak, whichever is larger,
-        4·s·V      inside a LoRA-wrapped head: base output, LoRA output, the same scaled, and their sum;
-        (s + 8)·V  in the loss: logits, their fp32 copy, fp32 log-probabilities (overwritten by the gradient).
-    For V = 128,256 in bfloat16: 256 MiB / (10 · 128,256 B) = 209, rounded down to 192 rows. The gradient of a
-    *trainable* head (V×D, plus its fp32 sum) comes on top; no chunking avoids it.
+        (s + 12)·V  inside a LoRA-wrapped head: base output, fp32 LoRA output, the same scaled, and their sum;
+        (s + 8)·V   in the loss: logits, their fp32 copy, fp32 log-probabilities (overwritten by the gradient).
+    For V = 128,256 in bfloat16: 512 MiB / (14 · 128,256 B) = 298, rounded down to 256 rows. Each chunk reads the
+    head's V·D weights for 2·C operations a weight, so fewer rows would leave a GPU (hundreds of operations a byte)
+    waiting for memory. The gradient of a *trainable* head (V×D, plus its fp32 sum) comes on top; no chunking
+    avoids it.
     """
     if asked is not None:
         if asked < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {asked}")
         return asked
-    size = hidden_ND.element_size()
-    rows = CHUNK_MIB * 2**20 // (max(4 * size, size + 8) * _vocabulary(head, hidden_ND))
+    rows = CHUNK_MIB * 2**20 // ((hidden_ND.element_size() + 12) * _vocabulary(head, hidden_ND))
     return max(rows // ROWS_MULTIPLE * ROWS_MULTIPLE, min(rows, ROWS_MULTIPLE), 1)
 
 

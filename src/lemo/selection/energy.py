@@ -53,7 +53,8 @@ def select_by_energy(
 
     total = energy.new_zeros(documents).index_add_(0, document, energy)
     # As shares of the document's total, so that a faint document isn't lost in the running sum of a loud one.
-    share = torch.where(total[document] > 0, energy / total[document], 0.0)
+    measured = (total > 0) & total.isfinite()
+    share = torch.where(measured[document], energy / total[document], 0.0)
 
     order, rank = order_in_documents(energy, layout, ahead=labelled)
     sorted_document, sorted_share = document[order], share[order]
@@ -73,7 +74,7 @@ def select_by_energy(
     kept = torch.zeros_like(labelled)
     kept[order] = wanted
     held = energy.new_zeros(documents).index_add_(0, document, share * kept)
-    reached = torch.where(total > 0, held, 1.0)
+    reached = torch.where(measured, held, 1.0)
     return plan_from_blocks(kept, layout, fidelity=float(reached.mean()))
 
 

@@ -1,20 +1,20 @@
 """Fine-tuning: a thin layer on transformers.Trainer and PEFT.
 
-    summary = lemo.training.finetune(cfg)     # cfg: lemo.config.RunConfig
+summary = lemo.training.finetune(cfg)     # cfg: lemo.config.RunConfig
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lemo.training.checkpoints import resume_hint
+from lemo.training.directory import is_main_process
 from lemo.training.summary import Summary
 
 if TYPE_CHECKING:
     from lemo.training.job import finetune
     from lemo.training.trainer import LemoTrainer
 
-__all__ = ["LemoTrainer", "Summary", "finetune", "resume_hint"]
+__all__ = ["LemoTrainer", "Summary", "finetune", "is_main_process"]
 
 
 def __getattr__(name: str) -> Any:

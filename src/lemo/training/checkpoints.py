@@ -21,8 +21,10 @@ from lemo.training.storage import sync_directory, sync_file, write_json
 MANIFEST = "lemo.json"
 PREFIX = "checkpoint-"
 ASIDE = ".tmp-checkpoint-"
-# Settings that change what is shown or stored, not what is learned.
-_FREE = {"output", "device", "evaluation", "training.save_every", "training.keep_checkpoints"}
+# Settings that change what is shown or stored, not what is learned; model and data count by their fingerprints, so that
+# they may move.
+_FREE = {"output", "device", "evaluation", "data", "model.name", "training.save_every", "training.keep_checkpoints"}
+_MODEL, _DATA = "model weights", "training data"
 
 
 def identity(config: RunConfig, model: str, data: str, processes: int) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def identity(config: RunConfig, model: str, data: str, processes: int) -> dict[s
     """
     settings = dict(_flatten(config.model_dump(mode="json")))
     kept = {key: value for key, value in settings.items() if not _is_free(key)}
-    return kept | {"model weights": model, "data": data, "processes": processes}
+    return kept | {_MODEL: model, _DATA: data, "processes": processes}
 
 
 def _is_free(key: str) -> bool:
@@ -159,7 +161,7 @@ def check_identity(checkpoint: Path, run_identity: Mapping[str, Any]) -> None:
 
 
 def _difference(key: str, stored: Any, current: Any) -> str:
-    if key in ("model weights", "data"):
+    if key in (_MODEL, _DATA):
         return f"the {key} differ"
     return f"{key} was {stored!r}, now {current!r}"
 

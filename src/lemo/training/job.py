@@ -6,13 +6,8 @@ before, training, evaluation after. The run directory is created only when every
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
-import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,32 +15,23 @@ from typing import Any
 import peft
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import lemo
 from lemo.config import RunConfig
-from lemo.config_io import save_resolved
 from lemo.data import Collator, Loaded, load
 from lemo.errors import UserError
 from lemo.evaluation import EvaluationResult, Sample, evaluate, sample_completion
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
-from lemo.training import checkpoints, summary
-from lemo.training.checks import check_labels_fit, check_length
+from lemo.training import checkpoints
+from lemo.training.checks import check_labels_fit, check_length, fingerprint_data, fingerprint_model
+from lemo.training.directory import close_run, is_main_process, open_run, refuse_used
 from lemo.training.metrics import MetricsLog
 from lemo.training.progress import StepDisplay
-from lemo.training.storage import require_space, storage_errors, sync_directory, write_json
-from lemo.training.summary import Summary
+from lemo.training.summary import Summary, totals, versions
 from lemo.training.trainer import LemoTrainer, training_arguments
-
-logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"
-CONFIG = "config.yaml"
-# What a run writes beside its adapter and checkpoints: configuration, metrics, summary, report.
-_RUN_EXTRA = 4 * 2**20
 
 
 def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
@@ -68,7 +54,7 @@ def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
     run = Path(config.output)
     checkpoint = checkpoints.newest(run) if resume else None
     if checkpoint is None and is_main_process():
-        _refuse_used(run)
+        refuse_used(run)
     console = Console(stderr=True, quiet=not is_main_process())
 
     device = choose_device(config.device)
@@ -77,43 +63,183 @@ def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
     data = load(config.data, tokenizer, config.training.seed)
     console.print(data.report.render())
     check_labels_fit(data.train, config)
-
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     identity = checkpoints.identity(config, fingerprint_model(model), fingerprint_data(data.train), processes)
     if checkpoint is not None:
         checkpoints.check_identity(checkpoint, identity)
-    job = _Job(config, run, console, device, data, tokenizer, Collator.for_tokenizer(tokenizer))
-    model = _prepare_model(model, config)
+    job = _Job(config, device, data, tokenizer, console, identity, checkpoint)
+    model = prepare_model(model, config)
     if is_main_process():
-        job.open_directory(model, checkpoint)
-
+        open_run(run, config, model, checkpoint)
     try:
-        before = job.evaluate_before(model)
-        _train(job, model, identity, checkpoint)
+        before = job.judge(model, "before")
+        job.train(model)
         after = job.judge(model, "after")
-    finally:
-        lemo.restore(model)
-    result = _summarise(job, before, after, processes, time.perf_counter() - started)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device is out of memory; lower data.max_tokens, training.batch_size, sparsity.keep or "
+            "sparsity.fidelity, then start anew with another --output"
+        ) from error
+    records = MetricsLog(run).read()
+    result = Summary(
+        mode=config.sparsity.mode,
+        model=config.model.name,
+        loss_before=before.result.loss if before.result else None,
+        loss_after=after.result.loss if after.result else None,
+        seed=config.training.seed,
+        versions=versions(),
+        device=torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        processes=processes,
+        data=data.report.as_dict(),
+        heldout_documents=len(before.result.documents) if before.result else 0,
+        by_position=_by_position(before.result, after.result),
+        sample=_sample(before.sample, after.sample),
+        wall_s=time.perf_counter() - started,
+        **totals(records),
+    )
     if is_main_process():
-        job.close_directory(model, result)
+        close_run(run, model, result)
     return result
 
 
-def is_main_process() -> bool:
-    """Whether this process writes; under torchrun that is rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+def prepare_model(model: Any, config: RunConfig) -> Any:
+    """The model with a fresh LoRA adapter, sparsified, checkpointed if the configuration says so.
+
+    Raises:
+        UserError: LoRA's targets don't exist, or the sparsity doesn't fit the model.
+    """
+    lora = config.lora
+    # LoRA's initial weights come from torch's generator.
+    set_seed(config.training.seed)
+    try:
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number does
+                lora_dropout=lora.dropout,
+                target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"lora.targets {lora.targets}: {' '.join(str(error).split())[:200]}; this model's linears are "
+            f"{', '.join(names)}"
+        ) from error
+    try:
+        lemo.sparsify(model, config.sparsity)
+    except ValueError as error:
+        raise UserError(f"sparsity: {error}") from error
+    # `backward` mode stores one tensor a layer by itself.
+    if config.training.gradient_checkpointing and config.sparsity.mode != "backward":
+        _checkpoint_activations(model)
+    return model
+
+
+def _checkpoint_activations(model: Any) -> None:
+    # Renamed in transformers 5.2x; the old name warns there.
+    base = model.get_base_model()
+    options = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The dense model's held-out loss and completion at one moment; None where the configuration asks for none."""
+class _Judgement:
+    """The dense model at one moment; None where the configuration asks for none."""
 
-    loss: EvaluationResult | None
+    result: EvaluationResult | None
     sample: Sample | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """For `before.json`."""
-        return {
-            "loss": self.loss.to_dict() if self.loss else None,
-            "sample": self.sample.to_dict() if self.sample else None,
-        }
+
+@dataclass(frozen=True)
+class _Job:
+    """What judging and training share."""
+
+    config: RunConfig
+    device: str
+    data: Loaded
+    tokenizer: PreTrainedTokenizerBase
+    console: Console
+    identity: dict[str, Any]
+    checkpoint: Path | None
+
+    def judge(self, model: Any, moment: str) -> _Judgement:
+        """Held-out loss and a completion, by the dense model."""
+        settings, data = self.config.evaluation, self.data
+        if settings.documents == 0:
+            return _Judgement(None, None)
+        result = evaluate(
+            model,
+            data.heldout,
+            Collator.for_tokenizer(self.tokenizer),
+            documents=settings.documents,
+            buckets=settings.buckets,
+            device=self.device,
+            max_tokens=self.config.data.max_tokens,
+        )
+        self.console.print(
+            f"held-out loss {moment}: {result.loss:.4f} (perplexity {result.perplexity:.2f}; {len(result.documents)} "
+            f"documents, {result.tokens:,} labelled tokens)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sample = None
+        if settings.sample_tokens:
+            sample = sample_completion(model, self.tokenizer, data.heldout[0], settings.sample_tokens)
+        return _Judgement(result, sample)
+
+    def train(self, model: Any) -> None:
+        """All steps that aren't made yet; leaves the trained adapter in the model."""
+        config, done = self.config, checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
+        try:
+            args = training_arguments(config, model.get_base_model().dtype, self.device)
+        except ValueError as error:
+            raise UserError(f"{' '.join(str(error).split())}; set model.dtype=float32") from error
+        display = StepDisplay(config.training.steps, done, self.console)
+        trainer = LemoTrainer(
+            model,
+            args,
+            config=config,
+            identity=self.identity,
+            display=display,
+            train_dataset=self.data.train,
+            data_collator=Collator.for_tokenizer(self.tokenizer),
+        )
+        runtime = get_runtime(model)
+        assert runtime is not None, "prepare_model sparsifies"
+        # Ranks hold different documents, so they draw on their own.
+        runtime.seed(config.training.seed + args.process_index)
+        try:
+            if self.checkpoint is not None and done == config.training.steps:
+                trainer.load_weights(self.checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            display.close()
+        # Takes off what accelerate put around the forward pass (DDP, autocast).
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+
+
+def _by_position(before: EvaluationResult | None, after: EvaluationResult | None) -> list[dict[str, Any]]:
+    if before is None or after is None:
+        return []
+    return [
+        {"start": old.start, "end": old.end, "tokens": old.tokens, "before": old.loss, "after": new.loss}
+        for old, new in zip(before.by_position, after.by_position, strict=True)
+    ]
+
+
+def _sample(before: Sample | None, after: Sample | None) -> dict[str, str] | None:
+    if before is None or after is None:
+        return None
+    return {
+        "prompt_tail": before["prompt_tail"],
+        "reference": before["reference"],
+        "before": before["completion"],
+        "after": after["completion"],
+    }

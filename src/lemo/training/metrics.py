@@ -73,7 +73,9 @@ class MetricsLog:
                 return record
         except (ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"{self.path}:{number}: not a step of a run; put the file back, or start anew with another --output")
+        raise UserError(
+            f"{self.path}:{number}: not a step of a run; put the file back, or start anew with another --output"
+        )
 
 
 def _finite(value: Any) -> Any:

@@ -61,14 +61,15 @@ class LemoTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
+        self.adapted: Any = model
         self.remove_callback(PrinterCallback)
         # The sparsified model divides by num_items_in_batch itself.
         self.model_accepts_loss_kwargs = True
-        self.run = Path(args.output_dir)
+        self.run_directory = Path(config.output)
         self.run_config = config
         self.identity = identity
         self.display = display
-        self.metrics_log = MetricsLog(self.run)
+        self.metrics_log = MetricsLog(self.run_directory)
         self.tracker = PeakTracker(args.device)
         self._aside: Path | None = None
         self._tokens = self._labels = 0
@@ -101,7 +102,7 @@ class LemoTrainer(Trainer):
         if not math.isfinite(logs["loss"]):
             raise UserError(
                 f"the loss became {logs['loss']} at step {self.state.global_step}; lower training.learning_rate or "
-                "training.max_grad_norm, or set model.dtype to float32 or bfloat16, and start anew from another --output"
+                "training.max_grad_norm, or set model.dtype to float32 or bfloat16, and choose another --output"
             )
         peak = self.tracker.read()
         record = {
@@ -127,7 +128,7 @@ class LemoTrainer(Trainer):
 
     def _collect(self) -> StepStats:
         """What the layers left out in this step, averaged over ranks."""
-        runtime = get_runtime(self.model)
+        runtime = get_runtime(self.adapted)
         assert runtime is not None, "LemoTrainer is given sparsified models"
         stats = runtime.collect()
         if self.args.world_size == 1:
@@ -145,16 +146,16 @@ class LemoTrainer(Trainer):
     # ---- Checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run if self._aside is None else self._aside)
+        return str(self.run_directory if self._aside is None else self._aside)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        aside = checkpoints.aside_directory(self.run, step)
+        aside = checkpoints.aside_directory(self.run_directory, step)
         what, remedy = f"checkpoint-{step}", "earlier checkpoints are intact: free some space, then go on with --resume"
         try:
-            with storage_errors(what, self.run, remedy):
+            with storage_errors(what, self.run_directory, remedy):
                 if self.args.should_save:
-                    require_space(self.run, self._checkpoint_bytes(), what)
+                    require_space(self.run_directory, self._checkpoint_bytes(), what)
                     aside.mkdir()
                 self._barrier()
                 self._aside = aside
@@ -163,11 +164,12 @@ class LemoTrainer(Trainer):
                 self._barrier()
                 if self.args.should_save:
                     checkpoints.seal(aside / what, step, self.identity)
-                    checkpoints.publish(aside, self.run, step)
-                    checkpoints.rotate(self.run, self.run_config.training.keep_checkpoints)
+                    checkpoints.publish(aside, self.run_directory, step)
+                    checkpoints.rotate(self.run_directory, self.run_config.training.keep_checkpoints)
                 self._barrier()
         except UserError:
-            checkpoints.remove_leftovers(self.run)
+            if self.args.should_save:
+                checkpoints.remove_leftovers(self.run_directory)
             raise
         finally:
             self._aside = None
@@ -177,17 +179,17 @@ class LemoTrainer(Trainer):
         if self.args.should_save:
             assert output_dir is not None
             # lemo trains no embeddings; PEFT's `auto` would ask the hub about the base model.
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+            self.adapted.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def _save_runtime(self, directory: Path) -> None:
-        runtime = get_runtime(self.model)
+        runtime = get_runtime(self.adapted)
         assert runtime is not None, "LemoTrainer is given sparsified models"
         write_json(directory / self._runtime_file(), runtime.state_dict())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The Trainer calls this when the data are where the checkpoint left them, before the next step."""
         super()._load_rng_state(checkpoint)
-        runtime = get_runtime(self.model)
+        runtime = get_runtime(self.adapted)
         if checkpoint is not None and runtime is not None:
             runtime.load_state_dict(json.loads((Path(checkpoint) / self._runtime_file()).read_text(encoding="utf-8")))
 
@@ -196,7 +198,7 @@ class LemoTrainer(Trainer):
 
     def _checkpoint_bytes(self) -> int:
         """Adapter, and two fp32 moments for each of its numbers."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.adapted.parameters() if p.requires_grad]
         return sum(p.numel() * (p.element_size() + 8) for p in trained) + _CHECKPOINT_EXTRA
 
     def _barrier(self) -> None:

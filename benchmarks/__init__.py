@@ -1,0 +1,1 @@
+"""Measurements with committed records; see benchmarks/README.md."""

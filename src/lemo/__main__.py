@@ -1,0 +1,5 @@
+"""`python -m lemo` is `lemo`."""
+
+from lemo.cli.main import run
+
+run()

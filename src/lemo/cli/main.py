@@ -1,0 +1,142 @@
+"""`lemo finetune | eval | report`. Rooms that need torch are imported after the configuration has been read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lemo.config_io import load_config
+from lemo.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Long-context fine-tuning that leaves out the token blocks that don't matter.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file laid over the defaults.")]
+Data = Annotated[str | None, typer.Option("--data", help="Folder, file or glob of text, code or JSONL; or `stdlib`.")]
+Model = Annotated[str | None, typer.Option("--model", help="Local directory or Hugging Face hub name.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting, as in sparsity.fidelity=0.9; may be repeated.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+
+
+@app.command()
+def finetune(
+    config: Config = None,
+    data: Data = None,
+    model: Model = None,
+    output: Annotated[str | None, typer.Option("--output", help="Run directory; must be absent or empty.")] = None,
+    overrides: Set = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model with LoRA. Without --config and --data it runs the built-in example."""
+    settings = load_config(
+        config, data=data, model=model, output=output, device=device, overrides=overrides or [], resume=resume
+    )
+    with _work(as_json):
+        try:
+            from lemo import training
+
+            summary = training.finetune(settings, resume=resume)
+            report = _report(Path(settings.output)) if training.is_main_process() else None
+        except KeyboardInterrupt:
+            from lemo.training.checkpoints import resume_hint
+
+            raise _InterruptedError(resume_hint(settings.output)) from None
+    _print(as_json, summary.to_dict(), [summary.headline(), f"adapter: {settings.output}/adapter", f"report: {report}"])
+
+
+@app.command("eval")
+def evaluate(
+    config: Config = None,
+    data: Data = None,
+    model: Model = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of a PEFT adapter.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="JSON file for the result; must be absent.")] = None,
+    overrides: Set = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss and perplexity of the dense model, overall and by position.
+
+    The held-out documents are those that `lemo finetune` with the same settings holds out; to evaluate all documents
+    of another place, give --set data.heldout=PLACE.
+    """
+    settings = load_config(config, data=data, model=model, device=device, overrides=overrides or [])
+    if output is not None and output.exists():
+        raise UserError(f"--output {output} exists, and nothing is overwritten; choose another --output")
+    with _work(as_json):
+        from lemo.evaluation.job import evaluate_model
+
+        result = evaluate_model(settings, adapter)
+    if output is not None:
+        from lemo.training.storage import write_json
+
+        write_json(output, result.to_dict())
+    _print(as_json, result.to_dict(), result.lines())
+
+
+@app.command()
+def report(
+    run_directory: Annotated[Path, typer.Argument(help="Directory that `lemo finetune` wrote.")], as_json: Json = False
+) -> None:
+    """Write a run's report.html anew."""
+    with _work(as_json):
+        path = _report(run_directory)
+    _print(as_json, {"report": str(path)}, [f"report: {path}"])
+
+
+def _report(run_directory: Path) -> Path:
+    from lemo.report import build
+
+    return build(run_directory)
+
+
+def _work(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """With --json, whatever a library prints goes to stderr."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _print(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False) if as_json else "\n".join(lines))
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C during a run; the message says how to go on."""
+
+
+def run() -> None:
+    """The entry point: a mistake of the user's is one line on stderr and exit status 2, never a traceback."""
+    # typer's own base of its usage errors, which it doesn't export.
+    usage_error: Any = typer.BadParameter.__bases__[0]
+    try:
+        status = app(standalone_mode=False)
+    except UserError as error:
+        _stop(f"error: {error}", USER_ERROR)
+    except usage_error as error:
+        _stop(f"error: {error.format_message()} (see lemo --help)", USER_ERROR)
+    except _InterruptedError as stop:
+        _stop(str(stop), INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("interrupted", INTERRUPTED)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _stop(message: str, status: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
