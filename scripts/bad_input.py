@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training")]
 
-PASSES_LIMIT = 12 * 1024  # bytes a file; the tiny adapter fits, its optimizer state doesn't
+FILE_LIMIT = 12 * 1024  # bytes a file; the tiny adapter fits, its optimizer state doesn't
 
 
 @dataclass
@@ -116,6 +116,7 @@ def other_model(root: Path) -> None:
 def interrupted_run(root: Path) -> None:
     """A run killed in step 5, with checkpoints of steps 2 and 4."""
     from crash import killed_run
+
     from tiny_run import run_settings
 
     killed_run(run_settings(root / "model", root / "texts", root / "full"), "in a step", 5)
@@ -243,7 +244,7 @@ def cases() -> list[Case]:
         Case(
             "checkpoint of other settings",
             f"finetune --output {{root}}/run --resume {quick('training.seed=3')}",
-            r"belongs to another run \(training\.seed was 0, now 3\)",
+            r"belongs to another run \(training\.seed was 0, now 3",
         ),
         Case("missing adapter", f"eval {_eval('model', 'none')}", r"there is no adapter directory .*none"),
         Case(
@@ -268,7 +269,7 @@ def cases() -> list[Case]:
             f"finetune --output {{root}}/full --resume {quick()}",
             r"while writing checkpoint-6 in .*full; earlier checkpoints are intact: free some space.*--resume",
             prepare=interrupted_run,
-            file_limit=PASSES_LIMIT,
+            file_limit=FILE_LIMIT,
             afterwards=nothing_lost_when_full,
         ),
         Case("report of no run", "report {root}/texts", r"texts"),
@@ -349,9 +350,8 @@ def _enter(arguments: list[str], files: list[Path], file_limit: int | None) -> N
 
 def make_place(root: Path) -> None:
     """A model, texts, and a finished run with two checkpoints."""
-    from tiny_run import run_settings, save_model, save_texts
-
     from lemo.training import finetune
+    from tiny_run import run_settings, save_model, save_texts
 
     save_model(root / "model")
     save_texts(root / "texts")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import build
-from tiny_tokenizer import byte_tokenizer
 
 from lemo.config import RunConfig
 from lemo.config_io import load_config
+from tiny import build
+from tiny_tokenizer import byte_tokenizer
 
 WORDS = ("block", "token", "layer", "prompt", "keep", "drop", "gradient", "sparse", "long", "text")
 

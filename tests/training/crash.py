@@ -17,8 +17,6 @@ from lemo.training import checkpoints, finetune
 from lemo.training.metrics import MetricsLog
 from lemo.training.trainer import LemoTrainer
 
-MOMENTS = ("in a step", "in a metrics line", "before its save", "in a save", "before the rename", "in the rotation")
-
 
 def killed_run(config: RunConfig, moment: str, step: int, *, resume: bool = False) -> None:
     """Runs until `moment` of `step` and asserts that it died there."""
@@ -60,7 +58,7 @@ def _arm(moment: str, step: int) -> None:
         def replaced(log: MetricsLog, record: dict[str, Any]) -> None:
             if record["step"] == step:
                 with log.path.open("a") as file:
-                    file.write('{"step": %d, "lo' % step)
+                    file.write(f'{{"step": {step}, "lo')
                     file.flush()
                     _die()
             original(log, record)

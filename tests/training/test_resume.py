@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from crash import killed_run
-from tiny_run import run_settings, save_model, save_texts
 
 from lemo.errors import UserError
 from lemo.training import Summary, finetune
+from tiny_run import run_settings, save_model, save_texts
 
 # 9 training documents: with accumulation 2 an epoch has 5 steps, the last of one micro-batch; 7 steps cross epochs.
 VARIANTS = {

@@ -95,7 +95,8 @@ class SparseDecoder:
             return cls_forward(*args, **kwargs)
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
-        layout = build_layout(*tokens.shape[:2], runtime.config.block_size, tokens.device, mask, positions)
+        B, T = tokens.shape[:2]
+        layout = build_layout(B, T, runtime.config.block_size, tokens.device, mask, positions)
         if sparse:
             arguments.update(past_key_values=None, use_cache=False)
             runtime.begin(layout, self.training)
@@ -145,8 +146,7 @@ class SparseLayer:
         cls_forward = super().forward  # type: ignore[misc]
         runtime: Runtime = getattr(self, RUNTIME)
         state = runtime.state
-        exact = runtime.config.mode == "backward" and not torch.is_grad_enabled()
-        if state is None or exact:
+        if state is None:
             return cls_forward(hidden_states, *args, **kwargs)
         if args:
             kwargs = _named(functools.partial(cls_forward, hidden_states), args, kwargs)
@@ -160,14 +160,16 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
-    rotary = _rotary(kwargs, state)
+    call = forward.ForwardCall(
+        view, state.layout, _rotary(kwargs, state), runtime.config, index, lambda x: view.attention(x, **kwargs)
+    )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans()
 
     def run(x: Tensor) -> Tensor:
         if state.dense:
             return cls_forward(x, **kwargs)
-        return forward.run_layer(x, view, state.layout, rotary, runtime.config, index, plans)
+        return forward.run_layer(x, call, plans)
 
     checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     out = layer._gradient_checkpointing_func(run, hidden) if checkpointed else run(hidden)

@@ -7,6 +7,7 @@ autograd: gradients are those of the sparse forward that ran (DESIGN 4.2).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,87 +38,110 @@ class ForwardPlans:
     mlp: TokenPlan | None = None
 
 
-def run_layer(
-    hidden_BTD: Tensor,
-    view: LayerView,
-    layout: SequenceLayout,
-    rotary: Rotary,
-    config: SparsityConfig,
-    layer: int,
-    plans: ForwardPlans,
-) -> Tensor:
+@dataclass(frozen=True)
+class ForwardCall:
+    """One call of one layer.
+
+    Attributes:
+        view: the layer.
+        layout: documents and blocks of the batch.
+        rotary: (cos, sin) for all B·T rows, or None.
+        config: scores and selection of each branch.
+        layer: index of the layer, for per-layer thresholds.
+        attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
+    """
+
+    view: LayerView
+    layout: SequenceLayout
+    rotary: Rotary
+    config: SparsityConfig
+    layer: int
+    attend: Callable[[Tensor], Tensor]
+
+
+def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Tensor:
     """The layer's output [B, T, D] with blocks left out of attention and MLP.
 
     Args:
         hidden_BTD: the layer's input.
-        view, layout, rotary: the layer, the documents, and (cos, sin) for all B·T rows.
-        config: scores and selection of each branch.
-        layer: index of the layer, for per-layer thresholds.
+        call: the layer and the batch.
         plans: filled on the first run, obeyed on the next.
     """
-    hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    view = call.view
     if plans.attention is None:
-        plans.attention = _plan_attention(hidden.detach(), view, layout, rotary, config, layer)
-    hidden = hidden.index_add(0, plans.attention.rows, _attention(hidden, view, layout, rotary, plans.attention))
+        plans.attention = _plan_attention(hidden_BTD.detach(), call)
+    if plans.attention.keep == 1.0:
+        hidden_BTD = hidden_BTD + call.attend(hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD))
+    else:
+        hidden_BTD = _add(hidden_BTD, plans.attention, _attention(hidden_BTD.flatten(0, 1), call, plans.attention))
     if view.post_norm:
-        hidden = view.attention_norm(hidden)
+        hidden_BTD = view.attention_norm(hidden_BTD)
     if plans.mlp is None:
-        plans.mlp = _plan_mlp(hidden.detach(), view, layout, config, layer)
-    kept = hidden[plans.mlp.rows]
+        plans.mlp = _plan_mlp(hidden_BTD.detach(), call)
+    kept = hidden_BTD if plans.mlp.keep == 1.0 else hidden_BTD.flatten(0, 1)[plans.mlp.rows]
     branch = view.mlp(kept if view.post_norm else view.mlp_norm(kept))
-    hidden = hidden.index_add(0, plans.mlp.rows, branch.to(hidden.dtype))
+    hidden_BTD = hidden_BTD + branch if plans.mlp.keep == 1.0 else _add(hidden_BTD, plans.mlp, branch)
     if view.post_norm:
-        hidden = view.mlp_norm(hidden)
-    return hidden.view_as(hidden_BTD)
+        hidden_BTD = view.mlp_norm(hidden_BTD)
+    return hidden_BTD
 
 
-def _attention(hidden: Tensor, view: LayerView, layout: SequenceLayout, rotary: Rotary, plan: TokenPlan) -> Tensor:
+def _add(hidden_BTD: Tensor, plan: TokenPlan, branch_ND: Tensor) -> Tensor:
+    """The residual stream with a branch's output added at the kept rows."""
+    hidden = hidden_BTD.flatten(0, 1)
+    return hidden.index_add(0, plan.rows, branch_ND.to(hidden.dtype)).view_as(hidden_BTD)
+
+
+def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan) -> Tensor:
+    view, rotary = call.view, call.rotary
     kept = hidden[plan.rows]
     normed = kept if view.post_norm else view.attention_norm(kept)
     kept_rotary = None if rotary is None else (rotary[0][plan.rows], rotary[1][plan.rows])
     q = view.query(normed, kept_rotary)
     k, v = view.key_value(normed, kept_rotary)
-    context = attend_rows(view, q, k, v, plan.rows, plan.cu_seqlens, plan.rows, plan.cu_seqlens, layout, dropout=None)
-    return view.attention_output(context).to(hidden.dtype)
+    context = attend_rows(
+        view, q, k, v, plan.rows, plan.cu_seqlens, plan.rows, plan.cu_seqlens, call.layout, dropout=None
+    )
+    return view.attention_output(context)
 
 
 @torch.no_grad()
-def _plan_attention(
-    hidden: Tensor,
-    view: LayerView,
-    layout: SequenceLayout,
-    rotary: Rotary,
-    config: SparsityConfig,
-    layer: int,
-) -> TokenPlan:
-    selection = config.attention_selection
+def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
+    view, layout = call.view, call.layout
+    selection = call.config.attention_selection
     if selection is None:
-        return _everything(layout, hidden.device)
+        return _everything(layout, hidden_BTD.device)
     with NoDropout():
+        hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.attention_norm(hidden)
-        q = view.query(normed, rotary)
-        k, _ = view.key_value(normed, rotary)
+        q = view.query(normed, call.rotary)
+        k, _ = view.key_value(normed, call.rotary)
         scores = [
             attention_informativeness(
                 block_pair_scores(q[:, a:b], k[:, a:b], view.scaling, layout.block_size, view.window),
-                causal=config.score == "causal",
+                causal=call.config.score == "causal",
             )
             for a, b in layout.documents
         ]
-    return select_by_score(torch.cat(scores), layout, selection, layer)
+    return select_by_score(torch.cat(scores), layout, selection, call.layer)
 
 
 @torch.no_grad()
-def _plan_mlp(hidden: Tensor, view: LayerView, layout: SequenceLayout, config: SparsityConfig, layer: int) -> TokenPlan:
-    selection = config.mlp_selection
+def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
+    view, layout = call.view, call.layout
+    selection = call.config.mlp_selection
     if selection is None:
-        return _everything(layout, hidden.device)
+        return _everything(layout, hidden_BTD.device)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
-            [view.mlp_activity(part if view.post_norm else view.mlp_norm(part)) for part in hidden.split(step)]
+            [
+                view.mlp_activity(part if view.post_norm else view.mlp_norm(part))
+                for part in hidden_BTD.flatten(0, 1).split(step)
+            ]
         )
-    return select_by_score(mlp_informativeness(activity, layout, config.score == "causal"), layout, selection, layer)
+    score = mlp_informativeness(activity, layout, call.config.score == "causal")
+    return select_by_score(score, layout, selection, call.layer)
 
 
 def _everything(layout: SequenceLayout, device: torch.device) -> TokenPlan:
