@@ -153,3 +153,12 @@ def test_dropout_acts_at_its_rate(family: str, place: str, device: torch.device)
     error = (mine.var() / 40 + theirs.var() / 40).sqrt()
     assert mine.std() > 0.3 * theirs.std() > 0
     assert abs(mine.mean() - theirs.mean()) <= 4 * error
+
+
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+def test_attention_dropout_alone_is_in_effect(mode: str, device: torch.device) -> None:
+    settings = config(mode="forward", keep=0.6) if mode == "forward" else config(fidelity=0.5)
+    _, sparse = pair("llama", device, settings, **_values("llama", "attention"))
+    batch = make_batch("right", device)
+    first, second = (_loss(sparse, batch, seed).item() for seed in (1, 2))
+    assert first != second

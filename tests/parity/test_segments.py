@@ -36,10 +36,13 @@ def reference_step(
     return loss
 
 
-@pytest.mark.parametrize(("spans", "drawn"), [(3, 1), (3, 2)])
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_loss_and_gradients(family: str, name: str, spans: int, drawn: int, device: torch.device) -> None:
-    settings = config(policy="segments", segments={"spans": spans, "drawn": drawn})
+SPANS = 3
+DRAWN_CASES = [(f, n, drawn) for f, n in CASES for drawn in (1, 2) if drawn == 1 or f in ("llama", "opt")]
+
+
+@pytest.mark.parametrize(("family", "name", "drawn"), DRAWN_CASES)
+def test_loss_and_gradients(family: str, name: str, drawn: int, device: torch.device) -> None:
+    settings = config(policy="segments", segments={"spans": SPANS, "drawn": drawn})
     dense, sparse = pair(family, device, settings)
     batch = make_batch(name, device, label_all=True)
     loss, got = step(sparse, batch)
@@ -47,8 +50,8 @@ def test_loss_and_gradients(family: str, name: str, spans: int, drawn: int, devi
     assert len(chosen) == len(batch.documents)
     for document, mine in zip(batch.documents, chosen, strict=True):
         assert len(set(mine)) == drawn
-        assert set(mine) <= set(spans_of(document, spans))
-    want = reference_step(dense, batch, chosen, spans / drawn, batch.label_count())
+        assert set(mine) <= set(spans_of(document, SPANS))
+    want = reference_step(dense, batch, chosen, SPANS / drawn, batch.label_count())
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     assert_same_gradients(got, gradients(dense))
 

@@ -57,6 +57,22 @@ def test_set_takes_yaml_values() -> None:
     assert config.sparsity.segments.spans == 8
 
 
+def test_resuming_starts_from_the_saved_configuration(tmp_path: Path) -> None:
+    config = load_config(data="x", output=str(tmp_path), overrides=["training.steps=7"])
+    save_resolved(config, tmp_path / "config.yaml")
+    assert load_config(output=str(tmp_path), resume=True) == config
+    assert load_config(overrides=[f"output={tmp_path}"], resume=True) == config
+    changed = load_config(output=str(tmp_path), overrides=["training.steps=9"], resume=True)
+    assert changed == config.model_copy(update={"training": config.training.model_copy(update={"steps": 9})})
+    # A run that was moved resumes where it is.
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "config.yaml").rename(tmp_path / "moved/config.yaml")
+    moved = load_config(output=str(tmp_path / "moved"), resume=True)
+    assert moved == config.model_copy(update={"output": str(tmp_path / "moved")})
+    # An explicit file wins.
+    assert load_config(write(tmp_path, ""), output=str(tmp_path / "moved"), resume=True).training.steps == 100
+
+
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(
         data="x",
@@ -148,9 +164,7 @@ def test_every_setting_is_known() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--set", "sparsity.fidelty=0.9"], ["--config", "missing.yaml"]])
-def test_configuration_errors_are_found_before_torch_is_imported(
-    tmp_path: Path, arguments: list[str]
-) -> None:
+def test_configuration_errors_are_found_before_torch_is_imported(tmp_path: Path, arguments: list[str]) -> None:
     script = (
         "import sys\n"
         "from lemo.cli.main import run\n"

@@ -164,7 +164,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         view, state.layout, _rotary(kwargs, state), runtime.config, index, lambda x: view.attention(x, **kwargs)
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
-    plans = forward.ForwardPlans()
+    plans = forward.ForwardPlans(_dropout_seed(view))
 
     def run(x: Tensor) -> Tensor:
         if state.dense:
@@ -182,8 +182,6 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
-    # From torch's stream, so that `torch.manual_seed` and checkpointed random states reproduce the masks.
-    seed = int(torch.randint(2**31, ())) if view.has_dropout else None
     call = backward.BackwardCall(
         view=view,
         layout=state.layout,
@@ -193,9 +191,17 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
         rotary=_rotary(kwargs, state),
         kv_all=state.dense or runtime.config.kv_gradient == "all",
         tile_bytes=int(runtime.config.tile_mib * 2**20),
-        seed=seed,
+        seed=_dropout_seed(view),
     )
     return backward.run_layer(hidden, call)
+
+
+def _dropout_seed(view: ArchitectureView) -> int | None:
+    """A new seed for one layer call, None without dropout.
+
+    From torch's stream, so that `torch.manual_seed` and checkpointed random states reproduce the masks.
+    """
+    return int(torch.randint(2**31, ())) if view.has_dropout else None
 
 
 def _rotary(kwargs: dict[str, Any], state: BatchState) -> Rotary:

@@ -27,7 +27,8 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", 
 _WIDTH = 7.2
 _MAX_COLUMNS = 180
 _SMOOTH_FROM = 60
-_STYLE = {
+# Any: matplotlib 3.11's stubs want its literal keys, earlier ones don't have them.
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "text.color": INK,
@@ -107,7 +108,7 @@ def keep_by_layer(run: Run) -> str:
         panels[0].set_ylabel("layer (0 is next to the input)")
         bar = figure.colorbar(image, ax=panels, pad=0.02, aspect=24)
         bar.set_label("kept share of tokens")
-        bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, whatever the stubs say
+        bar.outline.set_visible(False)
         return _svg(figure, "keep")
 
 
@@ -127,7 +128,7 @@ def fidelity_by_layer(run: Run) -> str:
             axes.axhline(asked, color=SECOND, linestyle=(0, (4, 3)), linewidth=1.3, label=f"asked for: {asked:g}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer (0 is next to the input)")
-        axes.set_ylabel("fidelity (share of gradient energy)")
+        axes.set_ylabel("fidelity")
         axes.margins(y=0.12)
         _legend(axes)
         return _svg(figure, "fidelity")
@@ -143,8 +144,7 @@ def memory_by_step(run: Run) -> str:
             axes.plot(steps, reserved, color=SECOND, label="reserved by the allocator", marker=_marker(steps), ms=3.5)
         peak = [step.peak_gib for step in run.steps]
         axes.plot(steps, peak, color=FIRST, label="peak", marker=_marker(steps), ms=3.5)
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.15)
+        axes.set_ylim(0, 1.15 * max(peak + [value for value in reserved.tolist() if value == value]))
         _step_axis(axes)
         axes.set_ylabel("memory (GiB)")
         _legend(axes)
@@ -198,7 +198,7 @@ def _marker(steps: Sequence[int]) -> str:
 
 
 def _step_axis(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if len(axes.figure.axes) > 1 else 10))
     axes.set_xlabel("optimizer step")
 
 
@@ -243,8 +243,11 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
-    # Single quotes delimit font names, so no match can leave the attribute.
+    # Font names are in single quotes, so no match leaves the attribute. Older matplotlibs write the short `font:`.
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", text)
+    # A style element inside a page would style all of it; style.css has the same rule for figures only.
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
     return text.strip()

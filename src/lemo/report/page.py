@@ -18,7 +18,7 @@ from lemo.training.storage import storage_errors, write_text
 FILE = "report.html"
 
 MODES = {
-    "backward": "the forward pass and the loss are exact; only kept blocks of tokens are recomputed and back-propagated",
+    "backward": "forward pass and loss are exact; only kept blocks of tokens are recomputed and back-propagated",
     "forward": "eliminated blocks of tokens skip a branch in the forward and the backward pass, which changes the loss",
     "dense": "no token is left out",
 }
@@ -107,6 +107,7 @@ def _finished_tiles(run: Run, summary: RunSummary) -> Iterator[str]:
         "speed",
         f"{summary.tokens_per_s:,.0f} <small>tokens/s</small>",
         f"{summary.tokens:,} tokens, {summary.labelled_tokens:,} of them labelled, in {summary.steps} steps",
+        wide=True,
     )
     yield _tile("peak memory", f"{summary.peak_gib:.2f} <small>GiB</small>", _memory_meaning(run))
     if summary.wall_s is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lemo.sparse.attention import attend_rows
-from lemo.sparse.dropout import RowDropout
+from lemo.sparse.dropout import RowDropout, on_rows
 from lemo.sparse.view import LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -125,7 +125,7 @@ def _add_mlp_in_tiles(mid_ND: Tensor, call: BackwardCall, dropout: RowDropout | 
     site = dropout.site if dropout is not None else 0
     for tile in _tiles(mid_ND.shape[0], call):
         rows = torch.arange(tile.start, tile.stop, device=mid_ND.device)
-        with dropout.on(rows, site) if dropout is not None else nullcontext():
+        with on_rows(dropout, rows, site):
             part = mid_ND[tile]
             mid_ND[tile] = part + call.view.mlp(call.view.mlp_norm(part) if pre_norm else part)
 
@@ -157,28 +157,25 @@ def _attention_branch(
     def normed(part: Tensor) -> Tensor:
         return part if view.post_norm else view.attention_norm(part)
 
-    def on(which: Tensor | None, site: int | None = None) -> AbstractContextManager[Any]:
-        return nullcontext() if dropout is None else dropout.on(which, site)
-
     residual = hidden_ND[rows]
     if call.kv_all:
         everything = normed(hidden_ND)
-        with on(rows):
+        with on_rows(dropout, rows):
             q = view.query(everything[rows], kept_rotary)
-        with on(None):
+        with on_rows(dropout, None):
             k, v = view.key_value(everything, rotary)
     else:
         kept = normed(residual)
-        with on(rows):
+        with on_rows(dropout, rows):
             q = view.query(kept, kept_rotary)
         site = dropout.site if dropout is not None else 0
-        with torch.no_grad(), on(None):
+        with torch.no_grad(), on_rows(dropout, None):
             k, v = view.key_value(normed(hidden_ND), rotary)
-        with on(rows, site):
+        with on_rows(dropout, rows, site):
             k_kept, v_kept = view.key_value(kept, kept_rotary)
         k, v = k.index_copy(1, rows, k_kept), v.index_copy(1, rows, v_kept)
     context = attend_rows(view, q, k, v, rows, plan.cu_seqlens, None, None, call.layout, dropout)
-    with on(rows):
+    with on_rows(dropout, rows):
         return residual, view.attention_output(context)
 
 
@@ -194,7 +191,7 @@ def _backward_pre_norm(
         return (grad if hidden.requires_grad else None), [None] * len(call.parameters)
     residual, attention = _attention_branch(hidden, plan, call, dropout)
     mid = residual + attention
-    with dropout.on(plan.rows) if dropout is not None else nullcontext():
+    with on_rows(dropout, plan.rows):
         out = mid + call.view.mlp(call.view.mlp_norm(mid))
     grad_hidden, grads = _grad(out, hidden, call, grad[plan.rows])
     if grad_hidden is not None:
@@ -222,7 +219,7 @@ def _backward_post_norm(
     attention = _attention_branch(hidden, plan, call, dropout)[1] if rows.numel() else None
     if rows.numel():
         kept_mid = mid[rows].detach().requires_grad_()
-        with dropout.on(rows) if dropout is not None else nullcontext():
+        with on_rows(dropout, rows):
             branch = view.mlp(kept_mid)
         grad_kept, mlp_grads = _grad(branch, kept_mid, call, grad_mid[rows])
         assert grad_kept is not None

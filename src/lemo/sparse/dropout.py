@@ -12,7 +12,7 @@ the how-manieth dropout of the layer, in the order the modules run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -141,6 +141,11 @@ class RowDropout(TorchFunctionMode):
                 )
             out.append(torch.cat(chunks, dim=1))
         return torch.stack(out)
+
+
+def on_rows(dropout: RowDropout | None, rows: Tensor | None, site: int | None = None) -> AbstractContextManager[None]:
+    """`dropout.on(rows, site)`, or nothing where there is no dropout."""
+    return nullcontext() if dropout is None else dropout.on(rows, site)
 
 
 def attention_with_dropout(

@@ -24,6 +24,7 @@ from lemo.selection.scores import (
     select_by_score,
 )
 from lemo.sparse.attention import attend_rows
+from lemo.sparse.dropout import RowDropout, on_rows
 from lemo.sparse.view import LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -32,8 +33,14 @@ _ACTIVITY_TILE_BYTES = 256 * 2**20
 
 @dataclass
 class ForwardPlans:
-    """The two plans of one layer call; kept by the caller so that a checkpointed recomputation reuses them."""
+    """What one layer call decided; kept by the caller so that a checkpointed recomputation decides the same.
 
+    Attributes:
+        seed: of the dropout masks, None without dropout.
+        attention, mlp: the branches' plans, None until the first run.
+    """
+
+    seed: int | None
     attention: TokenPlan | None = None
     mlp: TokenPlan | None = None
 
@@ -67,20 +74,30 @@ def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Ten
         call: the layer and the batch.
         plans: filled on the first run, obeyed on the next.
     """
+    if plans.seed is None:
+        return _run_layer(hidden_BTD, call, plans, None)
+    with RowDropout(plans.seed) as dropout:
+        return _run_layer(hidden_BTD, call, plans, dropout)
+
+
+def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropout: RowDropout | None) -> Tensor:
     view = call.view
     if plans.attention is None:
         plans.attention = _plan_attention(hidden_BTD.detach(), call)
     if plans.attention.keep == 1.0:
         hidden_BTD = hidden_BTD + call.attend(hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD))
     else:
-        hidden_BTD = _add(hidden_BTD, plans.attention, _attention(hidden_BTD.flatten(0, 1), call, plans.attention))
+        branch = _attention(hidden_BTD.flatten(0, 1), call, plans.attention, dropout)
+        hidden_BTD = _add(hidden_BTD, plans.attention, branch)
     if view.post_norm:
         hidden_BTD = view.attention_norm(hidden_BTD)
     if plans.mlp is None:
         plans.mlp = _plan_mlp(hidden_BTD.detach(), call)
-    kept = hidden_BTD if plans.mlp.keep == 1.0 else hidden_BTD.flatten(0, 1)[plans.mlp.rows]
-    branch = view.mlp(kept if view.post_norm else view.mlp_norm(kept))
-    hidden_BTD = hidden_BTD + branch if plans.mlp.keep == 1.0 else _add(hidden_BTD, plans.mlp, branch)
+    everything = plans.mlp.keep == 1.0
+    kept = hidden_BTD if everything else hidden_BTD.flatten(0, 1)[plans.mlp.rows]
+    with on_rows(dropout, None if everything else plans.mlp.rows):
+        branch = view.mlp(kept if view.post_norm else view.mlp_norm(kept))
+    hidden_BTD = hidden_BTD + branch if everything else _add(hidden_BTD, plans.mlp, branch)
     if view.post_norm:
         hidden_BTD = view.mlp_norm(hidden_BTD)
     return hidden_BTD
@@ -92,17 +109,16 @@ def _add(hidden_BTD: Tensor, plan: TokenPlan, branch_ND: Tensor) -> Tensor:
     return hidden.index_add(0, plan.rows, branch_ND.to(hidden.dtype)).view_as(hidden_BTD)
 
 
-def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan) -> Tensor:
-    view, rotary = call.view, call.rotary
-    kept = hidden[plan.rows]
+def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
+    view, rotary, rows, cu_seqlens = call.view, call.rotary, plan.rows, plan.cu_seqlens
+    kept = hidden[rows]
     normed = kept if view.post_norm else view.attention_norm(kept)
-    kept_rotary = None if rotary is None else (rotary[0][plan.rows], rotary[1][plan.rows])
-    q = view.query(normed, kept_rotary)
-    k, v = view.key_value(normed, kept_rotary)
-    context = attend_rows(
-        view, q, k, v, plan.rows, plan.cu_seqlens, plan.rows, plan.cu_seqlens, call.layout, dropout=None
-    )
-    return view.attention_output(context)
+    kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
+    with on_rows(dropout, rows):
+        q = view.query(normed, kept_rotary)
+        k, v = view.key_value(normed, kept_rotary)
+        context = attend_rows(view, q, k, v, rows, cu_seqlens, rows, cu_seqlens, call.layout, dropout)
+        return view.attention_output(context)
 
 
 @torch.no_grad()

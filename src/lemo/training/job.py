@@ -21,7 +21,7 @@ import lemo
 from lemo.config import RunConfig
 from lemo.data import Collator, Loaded, load
 from lemo.errors import UserError
-from lemo.evaluation import EvaluationResult, Sample, evaluate, sample_completion
+from lemo.evaluation import EvaluationResult, Sample, evaluate, gradient_agreement, sample_completion
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
@@ -75,6 +75,7 @@ def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
         before = job.judge(model, "before")
         job.train(model)
         after = job.judge(model, "after")
+        agreement = job.compare_gradients(model)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the device is out of memory; lower data.max_tokens, training.batch_size, sparsity.keep or "
@@ -94,6 +95,7 @@ def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
         heldout_documents=len(before.result.documents) if before.result else 0,
         by_position=_by_position(before.result, after.result),
         sample=_sample(before.sample, after.sample),
+        gradient_agreement=agreement,
         wall_s=time.perf_counter() - started,
         **totals(records),
     )
@@ -148,6 +150,10 @@ def _checkpoint_activations(model: Any) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+# Each costs a dense and a sparse gradient.
+_AGREEMENT_SEQUENCES = 4
+
+
 @dataclass(frozen=True)
 class _Judgement:
     """The dense model at one moment; None where the configuration asks for none."""
@@ -192,6 +198,29 @@ class _Job:
         if settings.sample_tokens:
             sample = sample_completion(model, self.tokenizer, data.heldout[0], settings.sample_tokens)
         return _Judgement(result, sample)
+
+    def compare_gradients(self, model: Any) -> dict[str, float] | None:
+        """The `segments` policy's gradient against the dense one, a mean over training sequences; else None.
+
+        Its loss is unbiased, its gradient isn't: that is worth a number in the record of every run.
+        """
+        if self.config.sparsity.policy != "segments":
+            return None
+        collate = Collator.for_tokenizer(self.tokenizer)
+        batches = [collate([self.data.train[i]]) for i in range(min(_AGREEMENT_SEQUENCES, len(self.data.train)))]
+        found = [gradient_agreement(model, batch) for batch in batches]
+        mean = {
+            "cosine": sum(f["cosine"] for f in found) / len(found),
+            "norm_ratio": sum(f["norm_ratio"] for f in found) / len(found),
+            "sequences": len(found),
+        }
+        self.console.print(
+            f"gradient of the drawn spans against the dense one: cosine {mean['cosine']:.3f}, norm ratio "
+            f"{mean['norm_ratio']:.2f} (mean of {len(found)} training sequences)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return mean
 
     def train(self, model: Any) -> None:
         """All steps that aren't made yet; leaves the trained adapter in the model."""

@@ -35,6 +35,7 @@ class Summary:
         heldout_documents: how many were evaluated.
         by_position: buckets of positions with their losses before and after.
         sample: prompt_tail, reference, before, after; None if no sample was asked for.
+        gradient_agreement: policy `segments`: cosine and norm_ratio of its gradient to the dense one; else None.
         wall_s: seconds of the process that finished the run, evaluation included.
     """
 
@@ -58,6 +59,7 @@ class Summary:
     heldout_documents: int
     by_position: list[dict[str, Any]]
     sample: dict[str, str] | None
+    gradient_agreement: dict[str, float] | None
     wall_s: float
 
     def to_dict(self) -> dict[str, Any]:

@@ -193,6 +193,16 @@ class LemoTrainer(Trainer):
         if checkpoint is not None and runtime is not None:
             runtime.load_state_dict(json.loads((Path(checkpoint) / self._runtime_file()).read_text(encoding="utf-8")))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """By way of the CPU: on several CPU ranks, Trainers before 5.2x ask torch for `cpu:0`, which it refuses."""
+        if checkpoint is not None:
+            targets: tuple[tuple[Any, str], ...] = (
+                (self.optimizer, "optimizer.pt"),
+                (self.lr_scheduler, "scheduler.pt"),
+            )
+            for target, name in targets:
+                target.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+
     def _runtime_file(self) -> str:
         return f"lemo_runtime_{self.args.process_index}.json"
 
