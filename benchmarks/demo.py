@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--output", type=Path, help="JSONL file; default: benchmarks/results/<device>/<date>_demo.jsonl")
+    parser.add_argument(
+        "--output", type=Path, help="JSONL file; default: benchmarks/results/<device>/<date>_demo.jsonl"
+    )
     parser.add_argument("--commit", help="commit to record where the tree isn't a checkout")
     arguments = parser.parse_args()
 

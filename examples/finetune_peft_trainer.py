@@ -1,6 +1,6 @@
 """LeMo on a PEFT model with transformers' own Trainer: the three lines are marked.
 
-    python examples/finetune_peft_trainer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/peft-trainer FILE...
+    python examples/finetune_peft_trainer.py --model HuggingFaceTB/SmolLM2-135M-Instruct FILE...
 
 Each file is one sequence: its last 256 tokens are labelled, what comes before is the prompt.
 """

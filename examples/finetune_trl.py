@@ -1,6 +1,6 @@
 """LeMo with TRL's SFTTrainer, on a JSONL file whose lines hold `prompt` and `completion`.
 
-    python examples/finetune_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/trl data.jsonl
+    python examples/finetune_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct data.jsonl
 
 SFTTrainer computes its own loss. Mode `backward` with policy `energy`, mode `forward` and mode `dense` work with it.
 Policy `segments` weights its loss inside the model, so the model refuses to train under SFTTrainer with it.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +41,7 @@ def main() -> None:
             per_device_train_batch_size=1,
             # Mode backward stores one tensor a layer by itself.
             gradient_checkpointing=False,
+            bf16=torch.cuda.is_available(),
             logging_steps=1,
             save_strategy="no",
             report_to="none",

@@ -149,6 +149,13 @@ def test_modes_show_what_they_have(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_gradient_agreement_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    agreement = {"cosine": 0.61234, "norm_ratio": 1.204, "sequences": 4}
+    page = page_of(write_run(tmp_path / "with", gradient_agreement=agreement))
+    assert "on 4 training sequences: cosine 0.612, norm ratio 1.204" in page.text
+    assert "norm ratio" not in page_of(write_run(tmp_path / "without", gradient_agreement=None)).text
+
+
 def test_no_evaluation_and_labels_at_one_place(tmp_path: Path) -> None:
     nothing = write_run(tmp_path / "a", loss_before=None, loss_after=None, by_position=[], sample=None, data={})
     page = page_of(nothing)

@@ -175,6 +175,12 @@ def _left_out(run: Run) -> Iterator[str]:
         yield _figure(figures.fidelity_by_layer(run), "Fidelity by layer", caption)
     else:
         yield f'<p class="small">Mode {run.config.sparsity.mode} measures no fidelity.</p>'
+    agreement = (run.summary and run.summary.gradient_agreement) or {}
+    if {"cosine", "norm_ratio"} <= agreement.keys():
+        yield (
+            f"<p>The trained model's gradient against the dense one, on {agreement.get('sequences', 0):.0f} training "
+            f"sequences: cosine {agreement['cosine']:.3f}, norm ratio {agreement['norm_ratio']:.3f}.</p>"
+        )
 
 
 def _memory(run: Run) -> Iterator[str]:

@@ -88,6 +88,7 @@ class RunSummary(_Record):
     by_position: list[Bucket] = []
     sample: SampleText | None = None
     wall_s: float | None = None
+    gradient_agreement: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

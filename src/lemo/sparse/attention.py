@@ -14,8 +14,10 @@ from lemo.sparse.dropout import RowDropout, attention_with_dropout
 from lemo.sparse.view import LayerView
 from lemo.types import SequenceLayout
 
-# One chunk's mask and, where a backend computes them, its scores: queries x keys x heads stay near this many.
-_SCORES_AT_ONCE = 2**27
+# Queries of one chunk: few, so that a chunk's keys end soon after its last query and little masked work is done, and
+# so few that its mask stays small; many enough to fill a kernel.
+_QUERIES_AT_ONCE = 512
+_MASK_ELEMENTS = 2**26
 
 
 def attend_rows(
@@ -101,12 +103,12 @@ def _attend_document(
         k_KMd, v_KMd = k_KMd.repeat_interleave(groups, 0), v_KMd.repeat_interleave(groups, 0)
 
     M = k_KMd.shape[1]
-    step = max(1, min(N, _SCORES_AT_ONCE // max(1, M * H)))
+    step = max(1, min(N, _QUERIES_AT_ONCE, _MASK_ELEMENTS // M))
     # How many keys the chunk's last query can see: one transfer for all chunks.
     last = torch.arange(min(step, N), N + step, step, device=q_HNd.device).clamp(max=N) - 1
     reach = torch.searchsorted(key_position, query_position[last], right=True).tolist()
     chunks = []
-    for start, seen in zip(range(0, N, step), reach, strict=False):
+    for start, seen in zip(range(0, N, step), reach, strict=True):
         queries = query_position[start : start + step, None]
         keys = key_position[None, :seen]
         mask = keys <= queries

@@ -1,0 +1,98 @@
+"""Longer inputs in bf16 on a GPU: gradients within bf16's own error, and memory that follows what is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lemo
+from lemo.models import get_runtime
+
+pytestmark = pytest.mark.gpu
+
+T, LABELS = 8192, 512
+
+
+def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=T,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(device=device, dtype=dtype).train()
+
+
+def batch(device: torch.device) -> dict[str, torch.Tensor]:
+    ids = torch.randint(4096, (1, T), generator=torch.Generator().manual_seed(1)).to(device)
+    labels = ids.clone()
+    labels[:, :-LABELS] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, all gradients as one fp32 vector)."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach().float(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+
+def test_bf16_gradients_are_as_close_to_fp32_as_the_dense_models(device: torch.device) -> None:
+    inputs = batch(device)
+    _, exact = gradients(build(torch.float32, device), inputs)
+    dense_loss, dense = gradients(build(torch.bfloat16, device), inputs)
+    sparse = lemo.sparsify(build(torch.bfloat16, device), lemo.SparsityConfig(fidelity=1.0, tile_mib=8))
+    loss, found = gradients(sparse, inputs)
+    own = ((dense - exact).norm() / exact.norm()).item()
+    error = ((found - exact).norm() / exact.norm()).item()
+    assert error <= 1.1 * own + 1e-3, (error, own)
+    assert loss.item() == pytest.approx(dense_loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kv_grad", ["all", "kept"])
+def test_capped_plans_run_and_bound_memory(kv_grad: str, device: torch.device) -> None:
+    """Keeping an eighth needs less than checkpointing's full recomputation, whose own peak is the dense mode's."""
+    inputs = batch(device)
+    peaks = {}
+    for name, settings in {
+        "dense": lemo.SparsityConfig(mode="dense"),
+        "eighth": lemo.SparsityConfig(keep=0.125, kv_grad=kv_grad),
+    }.items():
+        model = lemo.sparsify(build(torch.bfloat16, device), settings)
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.requires_grad_(True)
+        model.model.layers[0].mlp.down_proj.requires_grad_(True)
+        if name == "dense":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(**inputs).loss.backward()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        model(**inputs).loss.backward()
+        peaks[name] = torch.cuda.max_memory_allocated() - held
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    runtime = get_runtime(model)
+    assert runtime is not None
+    assert runtime.collect().keep_mean <= 0.125 + 1e-9
+    assert peaks["eighth"] < peaks["dense"], peaks
+
+
+def test_a_copy_of_a_sparsified_model_is_its_own(device: torch.device) -> None:
+    model = lemo.sparsify(build(torch.bfloat16, device), lemo.SparsityConfig(keep=0.25))
+    twin = copy.deepcopy(model)
+    inputs = batch(device)
+    _, first = gradients(model, inputs)
+    _, second = gradients(twin, inputs)
+    assert get_runtime(twin) is not get_runtime(model)
+    torch.testing.assert_close(first, second, rtol=5e-2, atol=1e-3)
