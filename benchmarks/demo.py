@@ -10,9 +10,13 @@ the same seed. One warm-up step of each method is left out of the times.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from pathlib import Path
+
+# As the CLI does: kept counts differ from layer to layer, which fragments fixed segments.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
@@ -34,7 +38,7 @@ def job(method: str, tokens: int, steps: int, seed: int, output: Path) -> RunCon
     """The demo's configuration with this method, length and seed."""
     base = load_config().model_dump()
     base["sparsity"] = METHODS[method]
-    base["data"] |= {"max_tokens": tokens, "min_tokens": tokens}
+    base["data"] |= {"max_tokens": tokens, "min_tokens": tokens, "heldout_share": 0.2}
     base["training"] |= {"steps": steps, "seed": seed, "save_every": 0}
     base["evaluation"] |= {"documents": 16, "sample_tokens": 0}
     base["output"] = str(output)
@@ -84,9 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--output", type=Path, help="JSONL file; default: benchmarks/results/<device>/<date>_demo.jsonl"
-    )
+    parser.add_argument("--output", type=Path, help="JSONL file; default: in benchmarks/results/<device>/")
     parser.add_argument("--commit", help="commit to record where the tree isn't a checkout")
     arguments = parser.parse_args()
 
