@@ -24,12 +24,12 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt scripts/environment.sh
-	@scripts/environment.sh $(VENV)
+	@bash scripts/environment.sh $(VENV)
 	@touch $@
 
 demo: $(READY)  ## fine-tune the embedded model on Python's own library; 15 minutes on 2 CPU cores
 	@n=1; while [ -e "runs/demo-$$n" ]; do n=$$((n + 1)); done; \
-	$(RUN) -m lemo finetune --output "runs/demo-$$n"; \
+	$(RUN) -m lemo finetune --output "runs/demo-$$n" $(DEMO_ARGS); \
 	echo "Open $(CURDIR)/runs/demo-$$n/report.html in a browser."
 
 # One thread a process: the tests' models are tiny, and two processes share the cores.

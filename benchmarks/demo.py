@@ -10,13 +10,9 @@ the same seed. One warm-up step of each method is left out of the times.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 from pathlib import Path
-
-# As the CLI does: kept counts differ from layer to layer, which fragments fixed segments.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
@@ -45,7 +41,7 @@ def job(method: str, tokens: int, steps: int, seed: int, output: Path) -> RunCon
     return RunConfig.model_validate(base)
 
 
-def measure(method: str, tokens: int, steps: int, seed: int, command: str | None, commit: str | None) -> Record:
+def measure(method: str, tokens: int, steps: int, seed: int) -> Record:
     """Runs one job and turns its run directory into a row."""
     with tempfile.TemporaryDirectory() as folder:
         config = job(method, tokens, steps, seed, Path(folder) / "run")
@@ -54,7 +50,7 @@ def measure(method: str, tokens: int, steps: int, seed: int, command: str | None
         summary: Summary = finetune(config)
         lines = MetricsLog(Path(config.output)).read()
     step_ms = [1000 * line["step_s"] for line in lines[WARM_UP:]]
-    record = Record(
+    return Record(
         bench="step",
         method=method,
         model=config.model.name,
@@ -76,9 +72,6 @@ def measure(method: str, tokens: int, steps: int, seed: int, command: str | None
         loss_after=summary.loss_after,
         versions=summary.versions,
     )
-    record.command = command or record.command
-    record.commit = commit or record.commit
-    return record
 
 
 def main() -> None:
@@ -92,11 +85,15 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to record where the tree isn't a checkout")
     arguments = parser.parse_args()
 
+    seeds, methods = " ".join(map(str, arguments.seeds)), " ".join(arguments.methods)
+    command = f"python -m benchmarks.demo --tokens {arguments.tokens} --steps {arguments.steps} --seeds {seeds}"
+    command += f" --methods {methods}"
     records: list[Record] = []
     for seed in arguments.seeds:
         dense_gain: float | None = None
         for method in arguments.methods:
-            record = measure(method, arguments.tokens, arguments.steps, seed, None, arguments.commit)
+            record = measure(method, arguments.tokens, arguments.steps, seed)
+            record.command, record.commit = command, arguments.commit or record.commit
             if record.loss_before is not None and record.loss_after is not None:
                 gain = record.loss_before - record.loss_after
                 dense_gain = gain if method == "lora+ckpt" else dense_gain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +123,8 @@ class _InterruptedError(Exception):
 
 def run() -> None:
     """The entry point: a mistake of the user's is one line on stderr and exit status 2, never a traceback."""
+    # Deprecations between transformers and PEFT aren't the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     # typer's own base of its usage errors, which it doesn't export.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
