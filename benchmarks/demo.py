@@ -35,7 +35,7 @@ def job(method: str, tokens: int, steps: int, seed: int, output: Path) -> RunCon
     base = load_config().model_dump()
     base["sparsity"] = METHODS[method]
     base["data"] |= {"max_tokens": tokens, "min_tokens": tokens, "heldout_share": 0.2}
-    base["training"] |= {"steps": steps, "seed": seed, "save_every": 0}
+    base["training"] |= {"steps": steps, "seed": seed, "save_every": 0, "learning_rate": 5e-4, "warmup_steps": 2}
     base["evaluation"] |= {"documents": 16, "sample_tokens": 0}
     base["output"] = str(output)
     return RunConfig.model_validate(base)

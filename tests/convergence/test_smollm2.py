@@ -18,7 +18,7 @@ def run(folder: Path, sparsity: dict[str, object]) -> Summary:
     base = load_config().model_dump()
     base["sparsity"] = sparsity
     base["data"] |= {"max_tokens": 1024, "min_tokens": 1024, "completion_tokens": 128}
-    base["training"] |= {"steps": 30, "save_every": 0}
+    base["training"] |= {"steps": 30, "save_every": 0, "learning_rate": 5e-4, "warmup_steps": 2}
     base["evaluation"] |= {"documents": 16, "sample_tokens": 0}
     base["device"] = "cpu"
     base["output"] = str(folder / str(sparsity["mode"]))

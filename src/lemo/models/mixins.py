@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
 from lemo.sparse import backward, forward
 from lemo.sparse.view import Rotary
-
-logger = logging.getLogger("lemo")
 
 RUNTIME = "_lemo_runtime"
 VIEW = "_lemo_view"
@@ -47,7 +44,7 @@ class SparseCausalLM:
             return cls_forward(*args, **kwargs)
         if _is_set(arguments.pop("logits_to_keep", 0)):
             raise ValueError("logits_to_keep and labels can't be combined in training; leave logits_to_keep out")
-        num_items = arguments.pop("num_items_in_batch", None)
+        num_items, as_tuple = arguments.pop("num_items_in_batch", None), arguments.pop("return_dict", None) is False
         runtime: Runtime = getattr(self, RUNTIME)
         with flag(runtime, "own_loss", True):
             outputs = self.base_model(**arguments)
@@ -57,7 +54,8 @@ class SparseCausalLM:
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         targets = shifted.flatten().to(hidden_ND.device)
         loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)
-        return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
+        output = CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
+        return output.to_tuple() if as_tuple else output
 
 
 def _loss(hidden_ND: Tensor, head: nn.Module, targets: Tensor, num_items: Any, runtime: Runtime) -> Tensor:
@@ -89,7 +87,7 @@ class SparseDecoder:
         cache = arguments.get("past_key_values")
         cached = cache is not None and cache.get_seq_length() > 0
         if cached and sparse:
-            raise ValueError("a sparsified model can't train on a filled key/value cache; pass past_key_values=None")
+            raise ValueError("tokens can't be left out with a filled key/value cache; pass past_key_values=None")
         may_need_mask = not getattr(self, PACKS) and mask is None and positions is not None and not cached
         if not sparse and not may_need_mask:
             return cls_forward(*args, **kwargs)
