@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 LEMO_PYTHON ?=
-RUN := $(if $(LEMO_PYTHON),PYTHONPATH=src $(LEMO_PYTHON),$(VENV)/bin/python)
+RUN := $(if $(LEMO_PYTHON),PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(LEMO_PYTHON),$(VENV)/bin/python)
 READY := $(if $(LEMO_PYTHON),,$(STAMP))
 # The embedded model is dequantised into this cache once.
 export LEMO_CACHE ?= $(CURDIR)/.cache/lemo
