@@ -10,6 +10,7 @@ the same seed. One warm-up step of each method is left out of the times.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,7 +22,6 @@ from lemo.config import RunConfig
 from lemo.config_io import load_config
 from lemo.training.job import finetune
 from lemo.training.metrics import MetricsLog
-from lemo.training.summary import Summary
 
 WARM_UP = 3
 METHODS: dict[str, dict[str, object]] = {
@@ -41,37 +41,50 @@ def job(method: str, tokens: int, steps: int, seed: int, output: Path) -> RunCon
     return RunConfig.model_validate(base)
 
 
+def record_of(run: Path, setting: str = "default") -> Record:
+    """A finished run directory as a row, made on this machine."""
+    config = load_config(run / "config.yaml")
+    summary = json.loads((run / "summary.json").read_text())
+    step_ms = [1000 * line["step_s"] for line in MetricsLog(run).read()[WARM_UP:]]
+    tokens, batch = config.data.max_tokens, config.training.batch_size
+    return Record(
+        bench="step",
+        method=next(name for name, sparsity in METHODS.items() if sparsity["mode"] == summary["mode"]),
+        model=config.model.name,
+        task="sft",
+        T=tokens,
+        batch=batch,
+        keep=summary["keep_mean"],
+        fidelity=summary["fidelity_mean"],
+        setting=setting,
+        seed=summary["seed"],
+        steps=summary["steps"],
+        step_ms=statistics.median(step_ms),
+        step_ms_min=min(step_ms),
+        step_ms_max=max(step_ms),
+        tokens_per_s=1000 * tokens * batch / statistics.median(step_ms),
+        peak_gib=summary["peak_gib"],
+        peak_reserved_gib=summary["peak_reserved_gib"],
+        loss_before=summary["loss_before"],
+        loss_after=summary["loss_after"],
+        versions=summary["versions"],
+    )
+
+
 def measure(method: str, tokens: int, steps: int, seed: int) -> Record:
     """Runs one job and turns its run directory into a row."""
     with tempfile.TemporaryDirectory() as folder:
         config = job(method, tokens, steps, seed, Path(folder) / "run")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        summary: Summary = finetune(config)
-        lines = MetricsLog(Path(config.output)).read()
-    step_ms = [1000 * line["step_s"] for line in lines[WARM_UP:]]
-    return Record(
-        bench="step",
-        method=method,
-        model=config.model.name,
-        task="sft",
-        T=tokens,
-        batch=config.training.batch_size,
-        keep=summary.keep_mean,
-        fidelity=summary.fidelity_mean,
-        setting="default",
-        seed=seed,
-        steps=steps,
-        step_ms=statistics.median(step_ms),
-        step_ms_min=min(step_ms),
-        step_ms_max=max(step_ms),
-        tokens_per_s=1000 * tokens * config.training.batch_size / statistics.median(step_ms),
-        peak_gib=summary.peak_gib,
-        peak_reserved_gib=summary.peak_reserved_gib,
-        loss_before=summary.loss_before,
-        loss_after=summary.loss_after,
-        versions=summary.versions,
-    )
+        finetune(config)
+        return record_of(Path(config.output))
+
+
+def default_output(record: Record) -> Path:
+    """Where a row goes unless said otherwise."""
+    folder = record.gpu.lower().replace(" ", "-").replace("(", "").replace(")", "")
+    return RESULTS / folder / f"{record.time[:10]}_demo.jsonl"
 
 
 def main() -> None:
@@ -83,7 +96,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--output", type=Path, help="JSONL file; default: in benchmarks/results/<device>/")
     parser.add_argument("--commit", help="commit to record where the tree isn't a checkout")
+    parser.add_argument("--run", type=Path, help="record this finished run directory of `make demo`, run nothing")
     arguments = parser.parse_args()
+
+    if arguments.run is not None:
+        record = record_of(arguments.run)
+        record.command, record.commit = "make demo", arguments.commit or record.commit
+        write([record], arguments.output or default_output(record))
+        return
 
     seeds, methods = " ".join(map(str, arguments.seeds)), " ".join(arguments.methods)
     command = f"python -m benchmarks.demo --tokens {arguments.tokens} --steps {arguments.steps} --seeds {seeds}"
@@ -99,8 +119,7 @@ def main() -> None:
                 dense_gain = gain if method == "lora+ckpt" else dense_gain
                 record.gain_retained = gain / dense_gain if dense_gain else None
             records.append(record)
-            folder = record.gpu.lower().replace(" ", "-").replace("(", "").replace(")", "")
-            write([record], arguments.output or RESULTS / folder / f"{record.time[:10]}_demo.jsonl")
+            write([record], arguments.output or default_output(record))
     for r in records:
         print(
             f"{r.method:14} seed {r.seed} keep {r.keep:.3f} step {r.step_ms:8.1f} ms [{r.step_ms_min:.1f}, "
