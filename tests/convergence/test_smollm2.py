@@ -1,4 +1,4 @@
-"""The real model on real data, 30 steps at 1,024 tokens: `make test-slow` (about ten minutes on two cores)."""
+"""The real model on real data, 30 steps at 1,024 tokens: `make test-slow` (about twenty minutes)."""
 
 from __future__ import annotations
 
