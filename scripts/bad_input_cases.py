@@ -142,6 +142,18 @@ def cases() -> list[Case]:
             r"policy segments sets its share by .*leave keep out",
             light=True,
         ),
+        Case(
+            "random blocks without their share",
+            "finetune --set sparsity.policy=random",
+            r"policy random needs keep",
+            light=True,
+        ),
+        Case(
+            "context extended by an unknown rule",
+            "finetune --set model.rope_scaling.rope_type=dynamic --set model.rope_scaling.factor=4",
+            r"model\.rope_scaling\.rope_type = 'dynamic': must be one of linear or yarn",
+            light=True,
+        ),
         Case("configuration file that isn't there", "finetune --config {root}/none.yaml", r"no such file", light=True),
         Case(
             "malformed YAML",

@@ -21,6 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("evaluation",),
     ("training",),
+    ("bench",),
     ("report",),
     ("cli",),
     ("__main__",),

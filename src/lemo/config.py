@@ -63,15 +63,17 @@ class SparsityConfig(Frozen):
         mode: `backward` (default): the loss is exact, only kept blocks are recomputed and back-propagated.
             `forward`: the paper's token elimination; lossy. `dense`: nothing is left out, only the loss is segmented.
         block_size: tokens per block.
-        policy: how `backward` chooses: `energy` (by gradient energy, for data with a prompt), or `segments`
-            (random contiguous spans, for data where every token has a label).
+        policy: how `backward` chooses: `energy` (by gradient energy, for data with a prompt), `segments` (random
+            contiguous spans, for data where every token has a label), or `random` (a baseline of `energy`: as many
+            blocks as `keep` allows, drawn anew for each layer and step; `fidelity` isn't used, but measured).
         fidelity: `energy`: share of the squared gradient norm at each layer's output that the kept blocks must hold,
             reached per document, in (0, 1]. 1 keeps every block with a nonzero gradient.
-        keep: `energy`: cap on the share of each document's blocks that is kept. `forward`: share of blocks kept in
-            both branches (shorthand for `attention` and `mlp`).
-        labelled: `energy`: `always` keeps blocks that hold labels first, `ranked` lets them compete by energy.
+        keep: `energy`: cap on the share of each document's blocks that is kept. `random`: that share. `forward`: share
+            of blocks kept in both branches (shorthand for `attention` and `mlp`).
+        labelled: `energy`, `random`: `always` keeps blocks that hold labels first, `ranked` lets them compete (by
+            energy, or in the draw).
         kv_grad: `all`: gradients through keys and values reach every token. `kept`: only kept tokens.
-            Default: `all` for `energy`, `kept` for `segments`.
+            Default: `all`, but `kept` for `segments`.
         segments: the `segments` policy's numbers.
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         score: `forward`: `paper` (equations 1-2; sums over later queries, so selection looks ahead) or `causal`
@@ -82,7 +84,7 @@ class SparsityConfig(Frozen):
 
     mode: Literal["backward", "forward", "dense"] = "backward"
     block_size: int = Field(default=64, ge=1)
-    policy: Literal["energy", "segments"] = "energy"
+    policy: Literal["energy", "segments", "random"] = "energy"
     fidelity: Share = 0.98
     keep: Share | None = None
     labelled: Literal["always", "ranked"] = "always"
@@ -107,8 +109,10 @@ class SparsityConfig(Frozen):
             raise ValueError(f"attention and mlp belong to mode forward, not {self.mode}")
         if self.policy == "segments" and self.keep is not None:
             raise ValueError("policy segments sets its share by segments.drawn / segments.spans; leave keep out")
-        if self.policy == "segments" and self.mode != "backward":
-            raise ValueError(f"policy segments belongs to mode backward, not {self.mode}")
+        if self.policy == "random" and self.keep is None:
+            raise ValueError("policy random needs keep, the share of each document's blocks to draw")
+        if self.policy != "energy" and self.mode != "backward":
+            raise ValueError(f"policy {self.policy} belongs to mode backward, not {self.mode}")
         return self
 
     @property
@@ -127,6 +131,21 @@ class SparsityConfig(Frozen):
         return BranchSelection(keep=self.keep) if self.keep is not None else self.mlp
 
 
+class RopeScaling(Frozen):
+    """Positions of a model with RoPE stretched to a longer context, before training.
+
+    transformers' `dynamic` isn't offered: its frequencies depend on the lengths a model has seen before, so the same
+    text would get another loss after a longer one, and packed documents would stretch each other.
+
+    Args:
+        rope_type: `linear` (position interpolation, arXiv 2306.15595) or `yarn` (arXiv 2309.00071).
+        factor: longest context / the model's own.
+    """
+
+    rope_type: Literal["linear", "yarn"]
+    factor: float = Field(gt=1.0, allow_inf_nan=False)
+
+
 class ModelConfig(Frozen):
     """Which model to fine-tune.
 
@@ -134,11 +153,15 @@ class ModelConfig(Frozen):
         name: `smollm2-135m-instruct` (embedded), a local directory, or a Hugging Face hub name.
         dtype: of the frozen weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
         attention: transformers' attention implementation for the dense forward.
+        rope_scaling: extends the model's context; None leaves it as it is. An adapter trained so needs the same
+            scaling wherever it is used (`lemo eval`, or transformers' `rope_parameters`): it isn't part of the adapter,
+            the run's `config.yaml` holds it.
     """
 
     name: str = "smollm2-135m-instruct"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    rope_scaling: RopeScaling | None = None
 
 
 class LoraConfig(Frozen):
@@ -154,8 +177,9 @@ class DataConfig(Frozen):
     """Where documents come from and how they become training sequences.
 
     Args:
-        train: `stdlib` (Python's own library sources), a folder, a file, or a glob. `.jsonl` files hold one
-            object a line with `text`, `prompt` + `completion`, or `messages`; any other file is one document.
+        train: `stdlib` (Python's own library sources), `package:NAME` (an installed package's), a folder, a file,
+            or a glob. `.jsonl` files hold one object a line with `text`, `prompt` + `completion`, or `messages`; any
+            other file is one document.
         heldout: documents for evaluation, same forms. None splits `train` by a hash of each document's name.
         heldout_share: share of documents the hash sends to held-out, when `heldout` is None.
         max_tokens: longest training sequence (tokens).

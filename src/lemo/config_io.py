@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -39,10 +39,15 @@ _ALLOWED = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be text (quote it if it looks like a number)",
+    "missing": "must be given",
+    "too_short": "needs at least {min_length} of them",
     "tuple_type": "must be a list, as in [a, b]",
     "model_type": "must be a section of keys, as in {{key: value}}",
     "model_attributes_type": "must be a section of keys, as in {{key: value}}",
 }
+
+
+C = TypeVar("C", bound=Frozen)
 
 
 def load_config(
@@ -66,43 +71,75 @@ def load_config(
     Raises:
         UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
     """
-    values: dict[str, Any] = {}
-    source = "configuration"
-    if path is not None:
-        source = str(path)
-        values = _read_yaml(_read(path), source)
-    elif data is None:
+    flags = {
+        "data.train": ("--data", data),
+        "model.name": ("--model", model),
+        "output": ("--output", output),
+        "device": ("--device", device),
+    }
+    if path is None and data is None:
         source = f"lemo's {DEFAULT_CONFIG}"
         values = _read_yaml(files("lemo").joinpath(DEFAULT_CONFIG).read_text(encoding="utf-8"), source)
-    _refuse_unknown(values, RunConfig, source)
-
-    given: dict[str, str] = {}
-    for flag, key, value in (
-        ("--data", "data.train", data),
-        ("--model", "model.name", model),
-        ("--output", "output", output),
-        ("--device", "device", device),
-    ):
-        if value is not None:
-            _put(values, key, value, flag)
-            given[key] = flag
-    for override in overrides:
-        key, value = _parse_override(override)
-        _refuse_unknown(_nested(key, value), RunConfig, f"--set {override}")
-        _put(values, key, value, f"--set {override}")
-        given[key] = f"--set {override}"
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(error.errors(), source, given))) from error
+        config = resolve(RunConfig, values, source, flags, overrides)
+    else:
+        config = load(RunConfig, path, flags, overrides)
     saved = Path(config.output) / SAVED_CONFIG
     if resume and path is None and saved.is_file():
         return load_config(saved, data=data, model=model, output=config.output, device=device, overrides=overrides)
     return config
 
 
-def save_resolved(config: RunConfig, path: Path) -> None:
-    """Writes every setting of the run as YAML that `load_config` reads back to an equal configuration."""
+def load(
+    kind: type[C], path: Path | None, flags: Mapping[str, tuple[str, str | None]], overrides: Sequence[str] = ()
+) -> C:
+    """A configuration of any kind: a YAML file, if there is one, laid over the kind's defaults; then `resolve`.
+
+    Raises:
+        UserError: as `resolve`; also an unreadable file or bad YAML.
+    """
+    if path is None:
+        return resolve(kind, {}, "configuration", flags, overrides)
+    return resolve(kind, _read_yaml(_read(path), str(path)), str(path), flags, overrides)
+
+
+def resolve(
+    kind: type[C],
+    values: dict[str, Any],
+    source: str,
+    flags: Mapping[str, tuple[str, str | None]],
+    overrides: Sequence[str] = (),
+) -> C:
+    """A configuration from what a file, flags and `--set` say; the latter win.
+
+    Args:
+        kind: class of the configuration.
+        values: as read from a file.
+        source: where they come from, for messages.
+        flags: dotted key -> (flag, its value or None if it wasn't given).
+        overrides: `key=value`, dotted key and YAML value.
+
+    Raises:
+        UserError: unknown key, or a value that isn't allowed.
+    """
+    _refuse_unknown(values, kind, kind, source)
+    given: dict[str, str] = {}
+    for key, (flag, value) in flags.items():
+        if value is not None:
+            _put(values, key, value, flag)
+            given[key] = flag
+    for override in overrides:
+        key, value = _parse_override(override)
+        _refuse_unknown(_nested(key, value), kind, kind, f"--set {override}")
+        _put(values, key, value, f"--set {override}")
+        given[key] = f"--set {override}"
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(error.errors(), kind, source, given))) from error
+
+
+def save_resolved(config: Frozen, path: Path) -> None:
+    """Writes every setting as YAML that reads back to an equal configuration."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
@@ -175,24 +212,30 @@ def _put(values: dict[str, Any], key: str, value: Any, source: str) -> None:
     values[last] = value
 
 
-def _refuse_unknown(values: Mapping[Any, Any], section: type[Frozen], source: str, prefix: str = "") -> None:
+def _refuse_unknown(
+    values: Mapping[Any, Any], section: type[Frozen], root: type[Frozen], source: str, prefix: str = ""
+) -> None:
     for key, value in values.items():
         field = section.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
-            raise UserError(f"{source}: unknown key {prefix}{key}{_suggest(str(key), section, prefix)}")
+            raise UserError(f"{source}: unknown key {prefix}{key}{_suggest(str(key), section, root, prefix)}")
         inner = _section_of(field.annotation)
         if isinstance(value, Mapping):
             if inner is None:
                 inside = repr(next(iter(value), ""))
                 raise UserError(f"{source}: {prefix}{key} takes a single value, no keys such as {inside}")
-            _refuse_unknown(value, inner, source, f"{prefix}{key}.")
+            _refuse_unknown(value, inner, root, source, f"{prefix}{key}.")
+        elif isinstance(value, list) and (item := _item_section(field.annotation)) is not None:
+            for index, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    _refuse_unknown(entry, item, root, source, f"{prefix}{key}[{index}].")
 
 
-def _suggest(key: str, section: type[Frozen], prefix: str) -> str:
+def _suggest(key: str, section: type[Frozen], root: type[Frozen], prefix: str) -> str:
     siblings = get_close_matches(key, section.model_fields, n=1)
     if siblings:
         return f"; did you mean {prefix}{siblings[0]}?"
-    everywhere = {name.rpartition(".")[2]: name for name in known_keys()}
+    everywhere = {name.rpartition(".")[2]: name for name in known_keys(root)}
     leaf = get_close_matches(key, everywhere, n=1)
     if leaf:
         return f"; did you mean {everywhere[leaf[0]]}?"
@@ -210,12 +253,19 @@ def _section_of(annotation: Any) -> type[Frozen] | None:
     return None
 
 
-def _explain(errors: list[ErrorDetails], source: str, given: Mapping[str, str]) -> list[str]:
+def _item_section(annotation: Any) -> type[Frozen] | None:
+    """The configuration class of the items of `tuple[X, ...]`."""
+    return _section_of(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is tuple else None
+
+
+def _explain(
+    errors: list[ErrorDetails], root: type[Frozen], source: str, given: Mapping[str, str]
+) -> list[str]:
     """One text a key: where it was given, the key, its value, what is allowed (joined by `or`)."""
     allowed: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for error in errors:
-        key, exact = _key_of(error["loc"])
+        key, exact = _key_of(error["loc"], root)
         texts = allowed.setdefault(key, [])
         if (text := _allowed(error)) not in texts:
             texts.append(text)
@@ -235,17 +285,22 @@ def _source_of(key: str, source: str, given: Mapping[str, str]) -> str:
     return source
 
 
-def _key_of(loc: tuple[int | str, ...]) -> tuple[str, bool]:
+def _key_of(loc: tuple[int | str, ...], root: type[Frozen]) -> tuple[str, bool]:
     """The dotted setting an error's location lies in, and whether the location is the setting itself."""
-    section: type[Frozen] | None = RunConfig
-    names: list[str] = []
+    section: type[Frozen] | None = root
+    item: type[Frozen] | None = None
+    key, depth = "", 0
     for part in loc:
-        field = section.model_fields.get(part) if section is not None and isinstance(part, str) else None
-        if field is None:
-            break
-        names.append(str(part))
-        section = _section_of(field.annotation)
-    return ".".join(names), len(names) == len(loc)
+        if isinstance(part, int) and item is not None:
+            key, section, item = f"{key}[{part}]", item, None
+        else:
+            field = section.model_fields.get(part) if section is not None and isinstance(part, str) else None
+            if field is None:
+                break
+            key = f"{key}.{part}" if key else str(part)
+            section, item = _section_of(field.annotation), _item_section(field.annotation)
+        depth += 1
+    return key, depth == len(loc)
 
 
 def _shown(value: Any) -> str:

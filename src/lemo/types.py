@@ -20,7 +20,11 @@ class SequenceLayout:
         block_of_row: int64 [B·T], index of the row's block over the whole batch, -1 for padding.
         document_of_block: int64 [blocks], ascending.
         block_tokens: int64 [blocks], tokens in each block (only a document's last can be short).
+        first_row_of_block: int64 [blocks].
+        first_block: int64 [documents], each document's first block.
         block_size: tokens per block.
+        host: the same with its tensors on the CPU, so that a plan costs one transfer from the device; None where
+            they are there already.
     """
 
     shape: tuple[int, int]
@@ -28,7 +32,15 @@ class SequenceLayout:
     block_of_row: Tensor
     document_of_block: Tensor
     block_tokens: Tensor
+    first_row_of_block: Tensor
+    first_block: Tensor
     block_size: int
+    host: SequenceLayout | None = None
+
+    @property
+    def on_host(self) -> SequenceLayout:
+        """This layout with its tensors on the CPU."""
+        return self.host or self
 
     @property
     def rows(self) -> int:
@@ -56,12 +68,14 @@ class TokenPlan:
 
     Attributes:
         rows: int64 [kept], sorted rows.
+        host_rows: the same on the CPU.
         cu_seqlens: kept tokens of each document, cumulated, from 0; length documents + 1.
         keep: kept tokens / real tokens.
         fidelity: share of the squared gradient norm the kept blocks hold (mean over documents); None in `forward`.
     """
 
     rows: Tensor
+    host_rows: Tensor
     cu_seqlens: tuple[int, ...]
     keep: float
     fidelity: float | None = None

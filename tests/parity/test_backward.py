@@ -69,6 +69,20 @@ def test_eager_attention(family: str, device: torch.device) -> None:
     assert_same_gradients(step(sparse, batch)[1], gradients(dense))
 
 
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_extended_context(family: str, rope_type: str, device: torch.device) -> None:
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 1e4}
+    if rope_type == "yarn":
+        rope["original_max_position_embeddings"] = 32
+    rule = {"fidelity": 0.6, "kv_grad": "kept"}
+    dense, sparse = pair(family, device, config(**rule), rope_parameters=rope)
+    batch = make_batch("left", device)
+    _, rows = hook_reference(dense, batch, rule)
+    assert left_out(batch, rows)
+    assert_same_gradients(step(sparse, batch)[1], gradients(dense))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing(family: str, reentrant: bool, device: torch.device) -> None:

@@ -58,6 +58,23 @@ def test_loss_and_gradients_with_tiles(family: str, name: str, mode: str, device
     assert_same_gradients(got, want)
 
 
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_extended_context(rope_type: str, mode: str, device: torch.device) -> None:
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 1e4}
+    if rope_type == "yarn":
+        rope["original_max_position_embeddings"] = 32
+    dense, sparse = pair("llama", device, config(**NOTHING_LEFT_OUT[mode]), rope_parameters=rope)
+    batch = make_batch("packed", device)
+    want: list[torch.Tensor] = []
+    got: list[torch.Tensor] = []
+    with hooks(record_layers(dense, want)), hooks(record_layers(sparse, got)):
+        _, want_gradients = step(dense, batch)
+        _, got_gradients = step(sparse, batch)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+    assert_same_gradients(got_gradients, want_gradients)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_trained(family: str, attention: str, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lemo.config import RunConfig
+from lemo.config import RopeScaling, RunConfig
 from lemo.config_io import known_keys, load_config, save_resolved
 from lemo.errors import UserError
 
@@ -48,8 +48,11 @@ def test_set_takes_yaml_values() -> None:
             "data.heldout=null",
             "sparsity.segments.spans=8",
             "sparsity.policy=segments",
+            "model.rope_scaling.rope_type=yarn",
+            "model.rope_scaling.factor=4",
         ],
     )
+    assert config.model.rope_scaling == RopeScaling(rope_type="yarn", factor=4.0)
     assert config.lora.targets == ("q_proj", "v_proj")
     assert config.training.learning_rate == 1e-3
     assert config.training.gradient_checkpointing is False
@@ -109,6 +112,12 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
             r"run\.yaml: data: completion_tokens must be smaller than max_tokens",
         ),
         ("sparsity: {mode: forward}", r"run\.yaml: sparsity: mode forward needs keep"),
+        ("sparsity: {policy: random}", r"sparsity: policy random needs keep, the share"),
+        ("sparsity: {policy: random, mode: dense, keep: 0.5}", r"policy random belongs to mode backward, not dense"),
+        ("model: {rope_scaling: {rope_type: yarn, factor: 1}}", r"rope_scaling\.factor = 1: must be greater than 1"),
+        ("model: {rope_scaling: {rope_type: dynamic, factor: 2}}", r"'dynamic': must be one of linear or yarn"),
+        ("model: {rope_scaling: {rope_type: yarn, factr: 2}}", r"did you mean model\.rope_scaling\.factor\?"),
+        ("model: {rope_scaling: 4}", r"model\.rope_scaling = 4: must be a section of keys"),
         (
             "training: {steps: 0}\nlora: {r: 0}",
             r"lora\.r = 0: must be at least 1; \S*run\.yaml: training\.steps = 0: must be at least 1",

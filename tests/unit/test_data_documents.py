@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,39 @@ def test_stdlib_holds_python_sources_and_none_of_the_skipped() -> None:
     argparse = next(document for document in found if document.name == "argparse.py").read()
     assert isinstance(argparse, str)
     assert "class ArgumentParser" in argparse
+
+
+def test_package_gives_its_python_sources_without_being_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pile" / "deep").mkdir(parents=True)
+    (tmp_path / "pile" / "tests").mkdir()
+    (tmp_path / "pile" / "testing").mkdir()
+    (tmp_path / "pile" / "__init__.py").write_text("raise RuntimeError")
+    for name in ("deep/a.py", "tests/b.py", "testing/c.py", "d.txt"):
+        (tmp_path / "pile" / name).write_text(name)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_documents("package:pile").documents
+    assert [document.name for document in found] == ["pile/__init__.py", "pile/deep/a.py"]
+    assert found[1].read() == "deep/a.py"
+    assert "pile" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchh", r"no package torchh is installed here \(did you mean package:torch\?\); install it, or give"),
+        ("zzqqxxyy", "no package zzqqxxyy is installed here; install it"),
+        ("torch.nn", r"package:torch\.nn: give a package's name as in `import NAME`, without dots"),
+        ("", "give a package's name"),
+        ("argparse", "package:argparse isn't one folder of Python sources; give another package"),
+        ("sys", "isn't one folder of Python sources"),
+        ("__main__", "no package __main__|isn't one folder"),
+    ],
+)  # fmt: skip
+def test_packages_that_give_no_sources(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.train: .*({message})"):
+        find_documents(f"package:{name}")
 
 
 def test_folder_is_walked_sorted_relative_and_hidden_entries_are_noted(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lemo.config import ModelConfig
+from lemo.config import ModelConfig, RopeScaling, RunConfig
 from lemo.errors import UserError
 from lemo.models.loading import load_model, load_tokenizer
+from lemo.training.checks import check_length
+from tiny import build, make_batch
 
 
 def change_config(directory: Path, **values: Any) -> None:
@@ -36,6 +38,44 @@ def test_dtype_and_attention_are_as_asked(tiny_dir: Path) -> None:
     model, _ = load_model(ModelConfig(name=str(tiny_dir), dtype="bfloat16", attention="eager"), "cpu")
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_rope_scaling_is_transformers_own(tiny_dir: Path, rope_type: str) -> None:
+    change_config(tiny_dir, rope_parameters=None, rope_theta=5000.0)  # as models of transformers 4 have it
+    scaling = RopeScaling(rope_type=rope_type, factor=4.0)
+    model, _ = load_model(ModelConfig(name=str(tiny_dir), rope_scaling=scaling), "cpu")
+    rope = {"rope_type": rope_type, "factor": 4.0, "rope_theta": 5000.0}
+    if rope_type == "yarn":
+        rope["original_max_position_embeddings"] = 128
+    assert model.config.rope_parameters == rope
+    want = build("llama", lora=False, rope_parameters=rope, max_position_embeddings=512).eval()
+    plain, _ = load_model(ModelConfig(name=str(tiny_dir)), "cpu")
+    batch = make_batch("plain").inputs(labels=False)
+    assert torch.equal(model(**batch).logits, want(**batch).logits)
+    assert not torch.allclose(model(**batch).logits, plain(**batch).logits)
+
+
+def test_rope_scaling_makes_room_for_longer_data(tiny_dir: Path) -> None:
+    data = {"max_tokens": 300}
+    plain = RunConfig.model_validate({"model": {"name": str(tiny_dir)}, "data": data})
+    with pytest.raises(UserError, match=r"has 128 positions; .*model\.rope_scaling"):
+        check_length(load_model(plain.model, "cpu")[0], plain)
+    model = {"name": str(tiny_dir), "rope_scaling": {"rope_type": "linear", "factor": 2.5}}
+    scaled = RunConfig.model_validate({"model": model, "data": data})
+    loaded, _ = load_model(scaled.model, "cpu")
+    assert loaded.config.max_position_embeddings == 320
+    check_length(loaded, scaled)
+
+
+def test_positions_that_cannot_be_scaled(tiny_dir: Path) -> None:
+    scaling = RopeScaling(rope_type="yarn", factor=4.0)
+    change_config(tiny_dir, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(UserError, match=r"scales its RoPE already \(linear\); leave model\.rope_scaling out"):
+        load_model(ModelConfig(name=str(tiny_dir), rope_scaling=scaling), "cpu")
+    build("opt", lora=False).save_pretrained(tiny_dir)
+    with pytest.raises(UserError, match=r"has no RoPE.*leave model\.rope_scaling out"):
+        load_model(ModelConfig(name=str(tiny_dir), rope_scaling=scaling), "cpu")
 
 
 def _missing_config(directory: Path) -> None:

@@ -100,6 +100,19 @@ def test_a_gradient_that_is_not_finite_keeps_its_document(bad):
     assert kept_blocks(select_by_energy(energy, layout, 0.5, None, None), layout) == [0, 1, 2]
 
 
+def test_priority_takes_the_place_of_energy_up_to_keep():
+    layout = build_layout(1, 20, 4, CPU)
+    energy = torch.tensor([6.0, 1.0, 0.0, 3.0, 0.0]).double()
+    priority = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.8]).double()
+    labelled = torch.tensor([False, True, False, False, False])
+    plan = select_by_energy(energy, layout, 0.5, 0.6, None, priority)
+    assert (kept_blocks(plan, layout), plan.fidelity) == ([2, 3, 4], pytest.approx(0.3))
+    plan = select_by_energy(energy, layout, 0.1, 0.6, labelled, priority)
+    assert (kept_blocks(plan, layout), plan.fidelity) == ([1, 2, 4], pytest.approx(0.1))
+    with pytest.raises(ValueError, match="labelled blocks alone exceed keep"):
+        select_by_energy(energy, layout, 0.9, 0.2, ~labelled, priority)
+
+
 def test_cap_rounds_up_without_floating_point_surprises():
     layout = build_layout(1, 30, 1, CPU)
     assert block_cap(layout, 0.1) == (3,)

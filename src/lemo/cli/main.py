@@ -1,4 +1,4 @@
-"""`lemo finetune | eval | report`. Rooms that need torch are imported after the configuration has been read."""
+"""`lemo finetune | eval | bench | report`. Rooms that need torch are imported after the configuration has been read."""
 
 from __future__ import annotations
 
@@ -92,20 +92,52 @@ def evaluate(
     _print(as_json, result.to_dict(), result.lines())
 
 
+bench = typer.Typer(help="Measure what leaving tokens out does.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("quality")
+def bench_quality(
+    config: Annotated[Path, typer.Option("--config", help="YAML file: a task and the methods compared on it.")],
+    model: Model = None,
+    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    overrides: Set = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Run what the study in --output lacks.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train ordinary LoRA and other methods on the same batches; judge each with the dense model."""
+    from lemo.bench.config import load_quality
+
+    study = load_quality(config, model=model, output=output, device=device, overrides=overrides or [])
+    with _work(as_json):
+        from lemo.bench.quality import run_study
+
+        try:
+            rows = run_study(study, resume=resume)
+        except KeyboardInterrupt:
+            raise _InterruptedError(
+                f"stopped; finished rows are in {study.output}: go on with --resume --output {study.output}"
+            ) from None
+        path = _report(Path(study.output))
+    _print(as_json, {"records": len(rows), "report": str(path)}, [f"{len(rows)} records", f"report: {path}"])
+
+
 @app.command()
 def report(
-    run_directory: Annotated[Path, typer.Argument(help="Directory that `lemo finetune` wrote.")], as_json: Json = False
+    source: Annotated[Path, typer.Argument(help="Run directory, or benchmark records: a directory or JSONL file.")],
+    as_json: Json = False,
 ) -> None:
-    """Write a run's report.html anew."""
+    """Write report.html anew: of a run of `lemo finetune`, or of benchmark records."""
     with _work(as_json):
-        path = _report(run_directory)
+        path = _report(source)
     _print(as_json, {"report": str(path)}, [f"report: {path}"])
 
 
-def _report(run_directory: Path) -> Path:
-    from lemo.report import build
+def _report(source: Path) -> Path:
+    from lemo import report as reports
 
-    return build(run_directory)
+    return reports.build_quality(source) if reports.holds_records(source) else reports.build(source)
 
 
 def _work(as_json: bool) -> contextlib.AbstractContextManager[Any]:

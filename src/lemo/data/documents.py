@@ -1,4 +1,4 @@
-"""Finding and reading documents: Python's own library, a folder, a file, a glob, or JSONL.
+"""Finding and reading documents: Python's own library, an installed package, a folder, a file, a glob, or JSONL.
 
 A document's *name* is relative to where the search began, so that it (and the split made from its hash) is the
 same on every machine. Files are read when they are needed, JSONL at once, because one file holds many documents.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.util
 import json
 import os
+import pkgutil
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "__pycache__",
      "encodings", "pydoc_data"}
 )  # fmt: skip
+_PACKAGE = "package:"
+# A package's helpers for tests hold single tables larger than the rest of their folder (torch.testing's 1 MB).
+_PACKAGE_SKIPPED = STDLIB_SKIPPED | {"testing"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def find_documents(source: str, setting: str = "data.train") -> Found:
     """Documents that `source` names.
 
     Args:
-        source: `stdlib`, a folder (walked, hidden entries skipped), a file, or a glob (`**` descends).
+        source: `stdlib`, `package:NAME` (the sources of an installed package, which isn't imported; names begin with
+            the package's), a folder (walked, hidden entries skipped), a file, or a glob (`**` descends).
             A `.jsonl` file holds one document a line; any other file is one document.
         setting: the configuration key that `source` came from, for messages.
 
@@ -87,6 +93,8 @@ def find_documents(source: str, setting: str = "data.train") -> Found:
     """
     if source == "stdlib":
         root, paths, notes = _find_stdlib(setting)
+    elif source.startswith(_PACKAGE):
+        root, paths, notes = _find_package(source.removeprefix(_PACKAGE), setting)
     else:
         root, paths, notes = _find_paths(source, setting)
     documents: list[Document] = []
@@ -104,12 +112,37 @@ def find_documents(source: str, setting: str = "data.train") -> Found:
 
 def _find_stdlib(setting: str) -> tuple[Path, list[Path], list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in _walk(root, STDLIB_SKIPPED)[0] if path.suffix == ".py"]
+    paths = _python_sources(root, STDLIB_SKIPPED)
     if not paths:
         raise UserError(
             f"{setting}: stdlib: this Python has no library sources on disk; give a folder of text files instead"
         )
     return root, paths, []
+
+
+def _find_package(name: str, setting: str) -> tuple[Path, list[Path], list[str]]:
+    # A dotted name would be imported up to its last part.
+    if not name.isidentifier():
+        raise UserError(f"{setting}: {_PACKAGE}{name}: give a package's name as in `import NAME`, without dots")
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module that was made by hand
+        spec = None
+    if spec is None:
+        near = get_close_matches(name, [module.name for module in pkgutil.iter_modules() if module.ispkg], n=1)
+        hint = f" (did you mean {_PACKAGE}{near[0]}?)" if near else ""
+        raise UserError(f"{setting}: no package {name} is installed here{hint}; install it, or give a folder of text")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    paths = _python_sources(folders[0], _PACKAGE_SKIPPED) if len(folders) == 1 and folders[0].is_dir() else []
+    if not paths:
+        raise UserError(
+            f"{setting}: {_PACKAGE}{name} isn't one folder of Python sources; give another package or a folder of text"
+        )
+    return folders[0].parent, paths, []
+
+
+def _python_sources(root: Path, skipped: Iterable[str]) -> list[Path]:
+    return [path for path in _walk(root, skipped)[0] if path.suffix == ".py"]
 
 
 def _find_paths(source: str, setting: str) -> tuple[Path, list[Path], list[str]]:
@@ -130,7 +163,9 @@ def _find_paths(source: str, setting: str) -> tuple[Path, list[Path], list[str]]
                 "quote it in the shell, and use ** to descend into folders"
             )
         return _glob_root(expanded), matches, []
-    raise UserError(f"{setting}: {source} does not exist{_nearest(path)}; give stdlib, a folder, a file or a glob")
+    raise UserError(
+        f"{setting}: {source} does not exist{_nearest(path)}; give stdlib, package:NAME, a folder, a file or a glob"
+    )
 
 
 def _glob_root(pattern: str) -> Path:

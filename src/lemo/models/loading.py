@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lemo.config import ModelConfig
+from lemo.config import ModelConfig, RopeScaling
 from lemo.errors import UserError
 from lemo.models import embedded
 from lemo.models.adapters import load_adapter
@@ -26,19 +26,21 @@ def load_model(cfg: ModelConfig, device: str) -> tuple[nn.Module, PreTrainedToke
     """A transformers CausalLM and its tokenizer.
 
     Args:
-        cfg: which model, in which dtype, with which attention implementation.
+        cfg: which model, in which dtype, with which attention implementation, and how far its context is extended.
         device: `cpu` or `cuda` (or one of its devices, `cuda:1`).
 
     Returns:
         The model on `device` in eval mode, and the tokenizer, with a pad token.
 
     Raises:
-        UserError: no such model, unsupported architecture, damaged files, or no such device; with the remedy.
+        UserError: no such model, unsupported architecture, damaged files, positions that can't be scaled, or no such
+            device; with the remedy.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
     source = _source(cfg.name)
     _check_architecture(cfg.name, source)
+    extended = {} if cfg.rope_scaling is None else {"config": _extended(cfg.name, source, cfg.rope_scaling)}
     tokenizer = load_tokenizer(cfg.name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -46,6 +48,7 @@ def load_model(cfg: ModelConfig, device: str) -> tuple[nn.Module, PreTrainedToke
             dtype=model_dtype(cfg, device),
             attn_implementation=cfg.attention,
             output_loading_info=True,
+            **extended,
         )
         model, info = loaded
     except ImportError as error:
@@ -121,6 +124,24 @@ def _check_architecture(name: str, source: str) -> None:
         architecture_of(model_type)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _extended(name: str, source: str, scaling: RopeScaling) -> PreTrainedConfig:
+    """The model's configuration with its RoPE stretched and as many positions as that gives."""
+    try:
+        config: Any = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read the configuration of {name}: {_first_line(error)}; {_again(name)}") from error
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        raise UserError(f"{name} has no RoPE, so its context can't be extended; leave model.rope_scaling out")
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{name} scales its RoPE already ({rope['rope_type']}); leave model.rope_scaling out")
+    positions = config.max_position_embeddings
+    original = {"original_max_position_embeddings": positions} if scaling.rope_type == "yarn" else {}
+    config.rope_parameters = {**rope, **scaling.model_dump(), **original}
+    config.max_position_embeddings = int(scaling.factor * positions)
+    return config
 
 
 def _again(name: str) -> str:

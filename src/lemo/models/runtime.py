@@ -63,7 +63,7 @@ class Runtime:
     _fidelities: dict[int, list[float]] = field(default_factory=dict)
 
     def seed(self, seed: int) -> None:
-        """Seeds the draws of the `segments` policy."""
+        """Seeds the draws of the `segments` and `random` policies."""
         self.generator.seed(seed)
 
     def begin(self, layout: SequenceLayout, training: bool) -> BatchState:
@@ -102,9 +102,15 @@ class Runtime:
                 self.config.fidelity,
                 self.config.keep,
                 state.labelled if self.config.labelled == "always" else None,
+                self._draw(energy) if self.config.policy == "random" else None,
             )
         self.record(layer, plan, plan)
         return plan
+
+    def _draw(self, energy: Tensor) -> Tensor:
+        """A number for each block, [blocks]: keeping the largest keeps blocks drawn without replacement."""
+        drawn = [self.generator.random() for _ in range(energy.numel())]
+        return torch.tensor(drawn, dtype=torch.float64, device=energy.device)
 
     def record(self, layer: int, attention: TokenPlan, mlp: TokenPlan) -> None:
         """Notes a layer's plans for `collect`."""

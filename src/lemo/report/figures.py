@@ -1,61 +1,30 @@
-"""The report's figures, as SVG text to be put into a page.
+"""The figures of a run's report, as SVG text to be put into a page.
 
-Drawn with matplotlib's objects, not pyplot, so nothing global changes. Colours are placeholders that become the page's
-CSS variables, and text stays text in the page's font: the figures follow the reader's light or dark theme.
 S steps, L layers.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lemo.report.drawing import FIRST, SECOND, legend, new_figure, style, svg
 from lemo.report.records import Bucket, Run
 
-# matplotlib wants colours, the page has variables: each of these stands for one.
-INK, MUTED, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", SECOND: "--second"}
-_WIDTH = 7.2
 _MAX_COLUMNS = 180
 _SMOOTH_FROM = 60
-# Any: matplotlib 3.11's stubs want its literal keys, earlier ones don't have them.
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-}
 
 
 def loss_by_step(run: Run) -> str:
     """Training loss, with the held-out loss before and after as points."""
     steps = _steps(run)
     losses = _numbers(step.loss for step in run.steps)
-    with _style():
-        figure, axes = _figure(3.0)
+    with style():
+        figure, axes = new_figure(3.0)
         smooth = len(steps) >= _SMOOTH_FROM
         axes.plot(
             steps, losses, color=FIRST, alpha=0.4 if smooth else 1, label="training loss", marker=_marker(steps), ms=3.5
@@ -76,17 +45,17 @@ def loss_by_step(run: Run) -> str:
             )
         _step_axis(axes)
         axes.set_ylabel("loss (nats per label)")
-        _legend(axes)
-        return _svg(figure, "loss")
+        legend(axes)
+        return svg(figure, "loss")
 
 
 def keep_by_layer(run: Run) -> str:
     """Share of tokens kept as a heat map, layer by step; two maps if attention and MLP differ."""
     keep_SL2 = np.array([step.keep for step in run.steps], dtype=float)
     titles = ("attention", "MLP") if run.branches_differ else ("",)
-    with _style():
+    with style():
         height = 0.9 + max(1.6, min(4.2, 0.085 * run.layers + 0.8))
-        figure, *panels = _figure(height, len(titles))
+        figure, *panels = new_figure(height, len(titles))
         vmax = float(keep_SL2.max())
         image: Any = None
         for branch, (axes, title) in enumerate(zip(panels, titles, strict=True)):
@@ -109,7 +78,7 @@ def keep_by_layer(run: Run) -> str:
         bar = figure.colorbar(image, ax=panels, pad=0.02, aspect=24)
         bar.set_label("kept share of tokens")
         bar.outline.set_visible(False)
-        return _svg(figure, "keep")
+        return svg(figure, "keep")
 
 
 def fidelity_by_layer(run: Run) -> str:
@@ -118,8 +87,8 @@ def fidelity_by_layer(run: Run) -> str:
     known = ~np.isnan(values_SL).all(0)
     layers = np.flatnonzero(known)
     values_SL = values_SL[:, known]
-    with _style():
-        figure, axes = _figure(2.7)
+    with style():
+        figure, axes = new_figure(2.7)
         mean, low, high = (f(values_SL, axis=0) for f in (np.nanmean, np.nanmin, np.nanmax))
         axes.vlines(layers, low, high, color=FIRST, alpha=0.35, linewidth=4, label="range over the steps")
         axes.plot(layers, mean, color=FIRST, marker="o", ms=3.5, label="mean over the steps")
@@ -130,15 +99,15 @@ def fidelity_by_layer(run: Run) -> str:
         axes.set_xlabel("layer (0 is next to the input)")
         axes.set_ylabel("fidelity")
         axes.margins(y=0.12)
-        _legend(axes)
-        return _svg(figure, "fidelity")
+        legend(axes)
+        return svg(figure, "fidelity")
 
 
 def memory_by_step(run: Run) -> str:
     """Peak memory of each step."""
     steps = _steps(run)
-    with _style():
-        figure, axes = _figure(2.7)
+    with style():
+        figure, axes = new_figure(2.7)
         reserved = _numbers(step.peak_reserved_gib for step in run.steps)
         if not np.isnan(reserved).all():
             axes.plot(steps, reserved, color=SECOND, label="reserved by the allocator", marker=_marker(steps), ms=3.5)
@@ -147,14 +116,14 @@ def memory_by_step(run: Run) -> str:
         axes.set_ylim(0, 1.15 * max(peak + [value for value in reserved.tolist() if value == value]))
         _step_axis(axes)
         axes.set_ylabel("memory (GiB)")
-        _legend(axes)
-        return _svg(figure, "memory")
+        legend(axes)
+        return svg(figure, "memory")
 
 
 def loss_by_position(buckets: Sequence[Bucket]) -> str:
     """Held-out loss before and after, by position in the document; buckets without labels are gaps."""
-    with _style():
-        figure, axes = _figure(2.7)
+    with style():
+        figure, axes = new_figure(2.7)
         for key, color, label in (("before", SECOND, "before"), ("after", FIRST, "after")):
             for bucket in buckets:
                 value = getattr(bucket, key)
@@ -165,23 +134,8 @@ def loss_by_position(buckets: Sequence[Bucket]) -> str:
         axes.set_ylabel("held-out loss (nats per label)")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.margins(y=0.15)
-        _legend(axes)
-        return _svg(figure, "position")
-
-
-def _style() -> Any:
-    return matplotlib.rc_context(_STYLE)
-
-
-def _figure(height: float, panels: int = 1) -> list[Any]:
-    """A figure of the page's width (inches) with panels side by side."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    figure.patch.set_alpha(0.0)
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    for one in axes:
-        one.patch.set_alpha(0.0)
-    return [figure, *axes]
+        legend(axes)
+        return svg(figure, "position")
 
 
 def _steps(run: Run) -> list[int]:
@@ -202,14 +156,6 @@ def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("optimizer step")
 
 
-def _legend(axes: Axes) -> None:
-    """Above the axes, so that it hides nothing."""
-    handles, _ = axes.get_legend_handles_labels()
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, len(handles)), borderaxespad=0.2, handlelength=1.6
-    )
-
-
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` numbers, fewer at the start; NaN where all are."""
     known = ~np.isnan(values)
@@ -225,29 +171,3 @@ def _binned(values_LS: np.ndarray, steps: Sequence[int]) -> tuple[np.ndarray, li
     columns = min(_MAX_COLUMNS, len(steps))
     groups = np.array_split(np.arange(len(steps)), columns)
     return np.stack([values_LS[:, group].mean(1) for group in groups], 1), [steps[0] - 0.5, steps[-1] + 0.5]
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element whose ids don't clash with another figure's."""
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(
-            out, format="svg", dpi=220, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # The first tag's size in points would win over the page's; the viewBox alone keeps the shape.
-    text = re.sub(r'^<svg ([^>]*?)\bheight="[^"]*"', r"<svg \1", text)
-    text = re.sub(r'^<svg ([^>]*?)\bwidth="[^"]*"', r"<svg \1", text)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
-    # Font names are in single quotes, so no match leaves the attribute. Older matplotlibs write the short `font:`.
-    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
-    text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", text)
-    # A style element inside a page would style all of it; style.css has the same rule for figures only.
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
-    return text.strip()

@@ -40,25 +40,36 @@ def build(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     path = run_dir / FILE
-    # A sample can hold half a surrogate pair, which UTF-8 has no bytes for.
-    html = render(run).encode("utf-8", "replace").decode("utf-8")
     with storage_errors(FILE, run_dir, "free some space, then run `lemo report` on the directory"):
-        write_text(path, html)
+        write_text(path, render(run))
     return path
 
 
 def render(run: Run) -> str:
     """The whole page."""
-    style = files("lemo.report").joinpath("style.css").read_text(encoding="utf-8")
     title = f"{run.name}: {run.config.sparsity.mode} run of {run.config.model.name}"
     sections = (_header, _tiles, _learning, _left_out, _memory, _completion, _data, _steps, _settings)
-    body = "\n".join(part for section in sections for part in section(run))
-    return (
+    return document(title, "\n".join(part for section in sections for part in section(run)))
+
+
+def document(title: str, body: str, *, wide: bool = False) -> str:
+    """A page in the reports' look.
+
+    Args:
+        title: plain text.
+        body: HTML.
+        wide: leave room for tables of many columns.
+    """
+    main = '<main class="wide">' if wide else "<main>"
+    style = files("lemo.report").joinpath("style.css").read_text(encoding="utf-8")
+    # Text from outside can hold half a surrogate pair, which UTF-8 has no bytes for.
+    html = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{main}\n{body}\n</main>\n</body>\n"
         "</html>\n"
     )
+    return html.encode("utf-8", "replace").decode("utf-8")
 
 
 def _header(run: Run) -> Iterator[str]:
@@ -142,12 +153,12 @@ def _learning(run: Run) -> Iterator[str]:
         + (", which is exact in this mode" if run.config.sparsity.mode == "backward" else "")
         + ". Batches hold different documents, so the curve jumps; what counts is the held-out loss."
     )
-    yield _figure(figures.loss_by_step(run), "Training loss by step", caption)
+    yield figure(figures.loss_by_step(run), "Training loss by step", caption)
     buckets = run.summary.by_position if run.summary else []
     measured = [bucket for bucket in buckets if bucket.before is not None and bucket.after is not None]
     if len(measured) > 1:
         caption = "Held-out loss of the dense model by position in the document; a lower line after training is better."
-        yield _figure(figures.loss_by_position(measured), "Held-out loss by position, before and after", caption)
+        yield figure(figures.loss_by_position(measured), "Held-out loss by position, before and after", caption)
     elif measured:
         only = measured[0]
         yield (
@@ -166,13 +177,13 @@ def _left_out(run: Run) -> Iterator[str]:
         f"Share of each batch's tokens that a layer kept, from {100 * min(keeps):.1f}% to {100 * max(keeps):.1f}%; "
         f"blocks of {run.config.sparsity.block_size} tokens.{branches}"
     )
-    yield _figure(figures.keep_by_layer(run), "Kept share of tokens by layer and step", caption)
+    yield figure(figures.keep_by_layer(run), "Kept share of tokens by layer and step", caption)
     if run.has_fidelity:
         caption = (
             "Fidelity: the share of the squared gradient norm at a layer's output that the kept blocks hold. It is "
             "local to each layer."
         )
-        yield _figure(figures.fidelity_by_layer(run), "Fidelity by layer", caption)
+        yield figure(figures.fidelity_by_layer(run), "Fidelity by layer", caption)
     else:
         yield f'<p class="small">Mode {run.config.sparsity.mode} measures no fidelity.</p>'
     agreement = (run.summary and run.summary.gradient_agreement) or {}
@@ -187,7 +198,7 @@ def _memory(run: Run) -> Iterator[str]:
     if not run.steps:
         return
     yield "<h2>Memory</h2>"
-    yield _figure(figures.memory_by_step(run), "Peak memory by step", f"Peak of each step: {_memory_meaning(run)}.")
+    yield figure(figures.memory_by_step(run), "Peak memory by step", f"Peak of each step: {_memory_meaning(run)}.")
 
 
 def _completion(run: Run) -> Iterator[str]:
@@ -227,7 +238,8 @@ def _settings(run: Run) -> Iterator[str]:
         yield versions_table(run.summary.versions)
 
 
-def _figure(svg: str, label: str, caption: str) -> str:
+def figure(svg: str, label: str, caption: str) -> str:
+    """A figure with its caption; label and caption are plain text."""
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
     return f"<figure>\n{svg}\n<figcaption><strong>{escape(label)}.</strong> {escape(caption)}</figcaption>\n</figure>"
 

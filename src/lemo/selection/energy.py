@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.selection.ranking import block_cap, first_blocks, order_in_documents, plan_from_blocks
+from lemo.selection.ranking import block_cap, order_in_documents, plan_from_blocks, under_cap
 from lemo.types import SequenceLayout, TokenPlan
 
 
@@ -31,6 +31,7 @@ def select_by_energy(
     fidelity: float,
     keep: float | None,
     labelled: Tensor | None,
+    priority: Tensor | None = None,
 ) -> TokenPlan:
     """The plan of one layer: labelled blocks first, then blocks by energy until `fidelity` is reached.
 
@@ -39,6 +40,8 @@ def select_by_energy(
         fidelity: share of each document's total energy to reach, in (0, 1]; 1 keeps every nonzero block.
         keep: cap on the share of each document's blocks, or None.
         labelled: bool [blocks], blocks that are kept first; None lets every block compete.
+        priority: [blocks], what blocks are ordered by in energy's place, up to `keep`; `fidelity` is then ignored, and
+            blocks without energy are kept too. The plan's fidelity is that of the energy all the same.
 
     Raises:
         ValueError: labelled blocks alone exceed `keep`.
@@ -47,44 +50,47 @@ def select_by_energy(
     document = layout.document_of_block
     if labelled is None:
         labelled = torch.zeros_like(energy, dtype=torch.bool)
-    if keep is not None:
-        cap = torch.tensor(block_cap(layout, keep), device=energy.device)
-        _refuse_labels_over_cap(labelled, document, cap, keep)
 
     total = energy.new_zeros(documents).index_add_(0, document, energy)
     # As shares of the document's total, so that a faint document isn't lost in the running sum of a loud one.
     measured = (total > 0) & total.isfinite()
     share = torch.where(measured[document], energy / total[document], 0.0)
 
-    order, rank = order_in_documents(energy, layout, ahead=labelled)
+    order, rank = order_in_documents(energy if priority is None else priority, layout, ahead=labelled)
     sorted_document, sorted_share = document[order], share[order]
     before = sorted_share.cumsum(0) - sorted_share
-    before = before - before[first_blocks(layout, energy.device)][sorted_document]
+    before = before - before[layout.first_block][sorted_document]
 
     # A nonzero block counts at fidelity 1 even where it is too small to move the running sum.
-    wanted = energy[order] > 0
-    if fidelity < 1.0:
+    wanted = energy[order] > 0 if priority is None else torch.ones_like(labelled)
+    if fidelity < 1.0 and priority is None:
         wanted &= before < fidelity
     wanted |= labelled[order]
     # Inf and NaN must travel to the optimizer's (or the grad scaler's) check as in the dense model.
     wanted |= ~total.isfinite()[sorted_document]
     if keep is not None:
-        wanted &= rank < cap[sorted_document]
+        wanted &= under_cap(rank, sorted_document, layout, keep)
 
     kept = torch.zeros_like(labelled)
     kept[order] = wanted
     held = energy.new_zeros(documents).index_add_(0, document, share * kept)
     reached = torch.where(measured, held, 1.0)
-    return plan_from_blocks(kept, layout, fidelity=float(reached.mean()))
+    # All that the host must know, in one transfer.
+    facts = torch.cat([kept.double(), labelled.double(), reached.mean().double()[None]]).cpu()
+    kept, labelled = facts[:-1].bool().chunk(2)
+    if keep is not None:
+        _refuse_labels_over_cap(labelled, layout, keep)
+    return plan_from_blocks(kept, layout, fidelity=float(facts[-1]))
 
 
-def _refuse_labels_over_cap(labelled: Tensor, document: Tensor, cap: Tensor, keep: float) -> None:
-    counts = torch.zeros_like(cap).index_add_(0, document, labelled.to(cap.dtype))
+def _refuse_labels_over_cap(labelled: Tensor, layout: SequenceLayout, keep: float) -> None:
+    cap = torch.tensor(block_cap(layout, keep))
+    counts = torch.zeros_like(cap).index_add_(0, layout.on_host.document_of_block, labelled.to(cap.dtype))
     over = (counts > cap).nonzero().flatten()
     if over.numel():
         worst = int(over[0])
         raise ValueError(
             f"labelled blocks alone exceed keep={keep:g}: document {worst} of the batch has {int(counts[worst])} "
             f"labelled blocks and may keep {int(cap[worst])}. Raise keep, set labelled='ranked' to let labelled blocks "
-            "compete by energy, or, where every token is labelled, use policy='segments'"
+            "compete, or, where every token is labelled, use policy='segments'"
         )

@@ -6,6 +6,8 @@ transformers' own rules are followed, so that the unmodified model and lemo see 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,19 +46,29 @@ def build_layout(
     block_of_row = torch.full((batch * length,), -1, dtype=torch.int64)
     document_of_block: list[int] = []
     block_tokens: list[int] = []
+    first_row: list[int] = []
+    first_block: list[int] = []
     for index, (first, end) in enumerate(documents):
         blocks = -(-(end - first) // block_size)
         block_of_row[first:end] = len(block_tokens) + torch.arange(end - first) // block_size
         document_of_block += [index] * blocks
+        first_block.append(len(block_tokens))
+        first_row += range(first, end, block_size)
         block_tokens += [block_size] * (blocks - 1) + [end - first - block_size * (blocks - 1)]
-    return SequenceLayout(
+    host = SequenceLayout(
         shape=(batch, length),
         documents=documents,
-        block_of_row=block_of_row.to(device),
-        document_of_block=torch.tensor(document_of_block, device=device),
-        block_tokens=torch.tensor(block_tokens, device=device),
+        block_of_row=block_of_row,
+        document_of_block=torch.tensor(document_of_block),
+        block_tokens=torch.tensor(block_tokens),
+        first_row_of_block=torch.tensor(first_row),
+        first_block=torch.tensor(first_block),
         block_size=block_size,
     )
+    if device.type == "cpu":
+        return host
+    tensors = ("block_of_row", "document_of_block", "block_tokens", "first_row_of_block", "first_block")
+    return replace(host, host=host, **{name: getattr(host, name).to(device) for name in tensors})
 
 
 def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:

@@ -14,10 +14,10 @@ def block_cap(layout: SequenceLayout, keep: float) -> tuple[int, ...]:
     return tuple(max(1, -int(-(keep * blocks - 1e-9) // 1)) for blocks in layout.blocks_per_document)
 
 
-def first_blocks(layout: SequenceLayout, device: torch.device) -> Tensor:
-    """Index of each document's first block, int64 [documents]."""
-    counts = torch.tensor(layout.blocks_per_document, device=device)
-    return counts.cumsum(0) - counts
+def under_cap(rank: Tensor, document: Tensor, layout: SequenceLayout, keep: float) -> Tensor:
+    """Which ranks (from 0) inside their documents `block_cap` allows, without a transfer; bool, as `rank`."""
+    blocks = torch.diff(layout.first_block, append=layout.first_block.new_full((1,), layout.block_tokens.numel()))
+    return rank < torch.ceil(keep * blocks.double() - 1e-9).clamp(min=1)[document]
 
 
 def order_in_documents(score: Tensor, layout: SequenceLayout, ahead: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,14 +36,31 @@ def order_in_documents(score: Tensor, layout: SequenceLayout, ahead: Tensor) -> 
     order = score.argsort(descending=True, stable=True)
     order = order[ahead[order].to(torch.int8).argsort(descending=True, stable=True)]
     order = order[document[order].argsort(stable=True)]
-    rank = torch.arange(score.numel(), device=score.device) - first_blocks(layout, score.device)[document[order]]
+    rank = torch.arange(score.numel(), device=score.device) - layout.first_block[document[order]]
     return order, rank
 
 
 def plan_from_blocks(kept: Tensor, layout: SequenceLayout, fidelity: float | None = None) -> TokenPlan:
-    """The plan that keeps exactly the blocks marked in `kept`, bool [blocks]."""
-    rows = (kept[layout.block_of_row.clamp(min=0)] & (layout.block_of_row >= 0)).nonzero().flatten()
-    tokens = torch.zeros(len(layout.documents), dtype=torch.int64, device=kept.device)
-    tokens.index_add_(0, layout.document_of_block, layout.block_tokens * kept)
-    cu_seqlens = (0, *tokens.cumsum(0).tolist())
-    return TokenPlan(rows, cu_seqlens, keep=rows.numel() / layout.real_tokens, fidelity=fidelity)
+    """The plan that keeps exactly the blocks marked in `kept`, bool [blocks], on any device.
+
+    From the CPU nothing waits for the device; otherwise there is one transfer.
+    """
+    host = layout.on_host
+    blocks = kept.cpu().nonzero().flatten()
+    tokens = host.block_tokens[blocks]
+    total = int(tokens.sum())
+    counts = torch.zeros(len(layout.documents), dtype=torch.int64)
+    counts.index_add_(0, host.document_of_block[blocks], tokens)
+    host_rows = _rows(blocks, host, total)
+    # Small and from pageable memory: staged at once, so nothing waits.
+    rows = _rows(blocks.to(layout.block_tokens.device, non_blocking=True), layout, total) if layout.host else host_rows
+    cu_seqlens = (0, *counts.cumsum(0).tolist())
+    return TokenPlan(rows, host_rows, cu_seqlens, keep=total / layout.real_tokens, fidelity=fidelity)
+
+
+def _rows(blocks: Tensor, layout: SequenceLayout, total: int) -> Tensor:
+    """The rows of some blocks, ascending; `total` of them."""
+    tokens = layout.block_tokens[blocks]
+    # Row = first row of its block + place in the block.
+    offset = layout.first_row_of_block[blocks] - (tokens.cumsum(0) - tokens)
+    return torch.repeat_interleave(offset, tokens, output_size=total) + torch.arange(total, device=blocks.device)

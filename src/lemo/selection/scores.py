@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lemo.config import BranchSelection
-from lemo.selection.ranking import block_cap, first_blocks, order_in_documents, plan_from_blocks
+from lemo.selection.ranking import order_in_documents, plan_from_blocks, under_cap
 from lemo.types import SequenceLayout, TokenPlan
 
 _SCORES_AT_ONCE = 2**26
@@ -85,18 +85,17 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
         selection: keep or threshold, one number or one a layer.
         layer: index of the layer.
     """
-    first = first_blocks(layout, score.device)
+    first = layout.first_block
     edge = torch.zeros_like(score, dtype=torch.bool)
     edge[first] = True
-    edge[torch.cat([first[1:], first.new_tensor([score.numel()])]) - 1] = True
+    edge[torch.cat([first[1:], first.new_full((1,), score.numel())]) - 1] = True
     if selection.threshold is not None:
         return plan_from_blocks((score >= _at(selection.threshold, layer)) | edge, layout)
 
     assert selection.keep is not None
-    cap = torch.tensor(block_cap(layout, _at(selection.keep, layer)), device=score.device)
     order, rank = order_in_documents(score, layout, ahead=edge)
     kept = edge.clone()
-    kept[order] |= rank < cap[layout.document_of_block[order]]
+    kept[order] |= under_cap(rank, layout.document_of_block[order], layout, _at(selection.keep, layer))
     return plan_from_blocks(kept, layout)
 
 

@@ -51,7 +51,7 @@ def draw_spans(layout: SequenceLayout, segments: Segments, generator: random.Ran
         for start, stop in ranges[-1]:
             weight[start:stop] = len(starts) / len(drawn)
         cu_seqlens.append(cu_seqlens[-1] + sum(stop - start for start, stop in ranges[-1]))
-    weight = weight.to(layout.block_of_row.device)
-    rows = weight.nonzero().flatten()
-    plan = TokenPlan(rows, tuple(cu_seqlens), keep=rows.numel() / layout.real_tokens)
-    return DrawnSpans(plan, tuple(ranges), weight, tuple(sorted(weights)))
+    host_rows = weight.nonzero().flatten()
+    device = layout.block_of_row.device
+    plan = TokenPlan(host_rows.to(device), host_rows, tuple(cu_seqlens), keep=len(host_rows) / layout.real_tokens)
+    return DrawnSpans(plan, tuple(ranges), weight.to(device), tuple(sorted(weights)))

@@ -6,13 +6,15 @@ document boundaries hold for any selection of rows and nothing of size T·T exis
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lemo.sparse.dropout import RowDropout, attention_with_dropout
 from lemo.sparse.view import LayerView
-from lemo.types import SequenceLayout
+from lemo.types import SequenceLayout, TokenPlan
 
 # Queries of one chunk: few, so that a chunk's keys end soon after its last query and little masked work is done, and
 # so few that its mask stays small; many enough to fill a kernel.
@@ -25,10 +27,8 @@ def attend_rows(
     q_HNd: Tensor,
     k_KMd: Tensor,
     v_KMd: Tensor,
-    query_rows: Tensor,
-    query_cu: tuple[int, ...],
-    key_rows: Tensor | None,
-    key_cu: tuple[int, ...] | None,
+    queries: TokenPlan,
+    keys: TokenPlan | None,
     layout: SequenceLayout,
     dropout: RowDropout | None,
 ) -> Tensor:
@@ -36,11 +36,9 @@ def attend_rows(
 
     Args:
         view: gives scaling, window and dropout.
-        q_HNd: queries of `query_rows`.
-        k_KMd, v_KMd: keys and values of `key_rows`, or of all B·T rows where that is None.
-        query_rows: int64 [N], sorted.
-        query_cu: queries of each document, cumulated (`TokenPlan.cu_seqlens`).
-        key_rows, key_cu: the same for the keys.
+        q_HNd: queries of the plan's rows.
+        k_KMd, v_KMd: keys and values of `keys`' rows, or of all B·T rows where that is None.
+        queries, keys: plans.
         layout: documents.
         dropout: where attention dropout takes its masks, or None.
     """
@@ -48,27 +46,20 @@ def attend_rows(
     site = dropout.next_site() if dropout is not None and view.attention_dropout > 0 else None
     parts = []
     for index, (first, end) in enumerate(layout.documents):
-        n0, n1 = query_cu[index], query_cu[index + 1]
+        n0, n1 = queries.cu_seqlens[index : index + 2]
         if n0 == n1:
             continue
-        if key_rows is None or key_cu is None:
-            m0, m1 = first, end
-            key_position = torch.arange(end - first, device=q_HNd.device)
-        else:
-            m0, m1 = key_cu[index], key_cu[index + 1]
-            key_position = key_rows[m0:m1] - first
-        same_rows = n1 - n0 == m1 - m0
+        m0, m1 = (first, end) if keys is None else keys.cu_seqlens[index : index + 2]
         parts.append(
             _attend_document(
                 view,
                 q_HNd[:, n0:n1],
                 k_KMd[:, m0:m1],
                 v_KMd[:, m0:m1],
-                query_rows[n0:n1] - first,
-                key_position,
+                _Positions(queries.rows[n0:n1] - first, queries.host_rows[n0:n1] - first),
+                None if keys is None else _Positions(keys.rows[m0:m1] - first, keys.host_rows[m0:m1] - first),
                 first,
                 layout.shape[1],
-                same_rows,
                 dropout,
                 site,
             )
@@ -77,24 +68,33 @@ def attend_rows(
     return context.transpose(0, 1).reshape(N, -1)
 
 
+@dataclass(frozen=True)
+class _Positions:
+    """Positions in a document, ascending, int64: on the device, and on the CPU."""
+
+    here: Tensor
+    host: Tensor
+
+
 def _attend_document(
     view: LayerView,
     q_HNd: Tensor,
     k_KMd: Tensor,
     v_KMd: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
+    query: _Positions,
+    key: _Positions | None,
     first_row: int,
     length: int,
-    same_rows: bool,
     dropout: RowDropout | None,
     site: int | None,
 ) -> Tensor:
-    """One document's selected queries, [H, N, d]; positions count from the document's first token."""
+    """One document's selected queries, [H, N, d]; keys without positions are all of the document's."""
     H, N, _ = q_HNd.shape
+    M = k_KMd.shape[1]
     groups = H // k_KMd.shape[0]
     window = view.window
-    if same_rows and site is None and (window is None or window >= int(key_position[-1]) + 1):
+    span = M if key is None else int(key.host[-1]) + 1
+    if N == M and site is None and (window is None or window >= span):
         # Queries and keys are the same rows in the same order: plain causal attention, the backend's fast path.
         return F.scaled_dot_product_attention(
             q_HNd[None], k_KMd[None], v_KMd[None], is_causal=True, scale=view.scaling, enable_gqa=groups > 1
@@ -102,14 +102,14 @@ def _attend_document(
     if groups > 1:  # masked backends don't group heads
         k_KMd, v_KMd = k_KMd.repeat_interleave(groups, 0), v_KMd.repeat_interleave(groups, 0)
 
-    M = k_KMd.shape[1]
     step = max(1, min(N, _QUERIES_AT_ONCE, _MASK_ELEMENTS // M))
-    # How many keys the chunk's last query can see: one transfer for all chunks.
-    last = torch.arange(min(step, N), N + step, step, device=q_HNd.device).clamp(max=N) - 1
-    reach = torch.searchsorted(key_position, query_position[last], right=True).tolist()
+    # How many keys the chunk's last query can see.
+    last = query.host[[min(end, N) - 1 for end in range(step, N + step, step)]]
+    reach = (last + 1 if key is None else torch.searchsorted(key.host, last, right=True)).tolist()
+    key_position = torch.arange(M, device=q_HNd.device) if key is None else key.here
     chunks = []
     for start, seen in zip(range(0, N, step), reach, strict=True):
-        queries = query_position[start : start + step, None]
+        queries = query.here[start : start + step, None]
         keys = key_position[None, :seen]
         mask = keys <= queries
         if window is not None:

@@ -174,7 +174,7 @@ def _attention_branch(
         with on_rows(dropout, rows, site):
             k_kept, v_kept = view.key_value(kept, kept_rotary)
         k, v = k.index_copy(1, rows, k_kept), v.index_copy(1, rows, v_kept)
-    context = attend_rows(view, q, k, v, rows, plan.cu_seqlens, None, None, call.layout, dropout)
+    context = attend_rows(view, q, k, v, plan, None, call.layout, dropout)
     with on_rows(dropout, rows):
         return residual, view.attention_output(context)
 

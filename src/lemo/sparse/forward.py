@@ -110,14 +110,14 @@ def _add(hidden_BTD: Tensor, plan: TokenPlan, branch_ND: Tensor) -> Tensor:
 
 
 def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
-    view, rotary, rows, cu_seqlens = call.view, call.rotary, plan.rows, plan.cu_seqlens
+    view, rotary, rows = call.view, call.rotary, plan.rows
     kept = hidden[rows]
     normed = kept if view.post_norm else view.attention_norm(kept)
     kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
     with on_rows(dropout, rows):
         q = view.query(normed, kept_rotary)
         k, v = view.key_value(normed, kept_rotary)
-        context = attend_rows(view, q, k, v, rows, cu_seqlens, rows, cu_seqlens, call.layout, dropout)
+        context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
         return view.attention_output(context)
 
 

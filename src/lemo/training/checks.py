@@ -27,7 +27,8 @@ def check_length(model: Any, config: RunConfig) -> None:
     if limit is not None and config.data.max_tokens > limit:
         raise UserError(
             f"data.max_tokens is {config.data.max_tokens:,}, but {config.model.name} has {limit:,} positions; "
-            f"set data.max_tokens to at most {limit} and data.overflow to say what happens to longer documents"
+            f"set data.max_tokens to at most {limit} and data.overflow to say what happens to longer documents, or "
+            "extend the model's context by model.rope_scaling"
         )
 
 
@@ -41,7 +42,7 @@ def check_labels_fit(rows: Iterable[Mapping[str, Any]], config: RunConfig) -> No
         UserError: some document's do; the message gives three remedies.
     """
     sparsity = config.sparsity
-    if sparsity.mode != "backward" or sparsity.policy != "energy" or sparsity.labelled != "always":
+    if sparsity.mode != "backward" or sparsity.policy == "segments" or sparsity.labelled != "always":
         return
     if sparsity.keep is None:
         return
@@ -58,7 +59,7 @@ def check_labels_fit(rows: Iterable[Mapping[str, Any]], config: RunConfig) -> No
                 raise UserError(
                     f"{row['name']}: {count} of its {total} blocks hold labels, but sparsity.keep={sparsity.keep:g} "
                     f"allows {cap}; raise sparsity.keep, or set sparsity.labelled=ranked to let labelled blocks "
-                    "compete by energy, or, where every token is labelled, leave keep out and set "
+                    "compete, or, where every token is labelled, leave keep out and set "
                     "sparsity.policy=segments"
                 )
 
@@ -79,7 +80,7 @@ def fingerprint_data(train: Dataset) -> str:
     """A hash of every training sequence's tokens, labels and positions, in order."""
     digest = hashlib.sha256()
     for row in train.with_format("numpy"):
-        for key in sorted(row.keys() - {"name"}):
+        for key in sorted(row.keys() & {"input_ids", "labels", "position_ids"}):
             digest.update(f"{key} {len(row[key])} ".encode())
             digest.update(row[key].astype("int64").tobytes())
     return digest.hexdigest()
