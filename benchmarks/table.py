@@ -1,55 +1,141 @@
-"""The README's measured table, generated from the records: `python -m benchmarks.table` rewrites it in place."""
+"""The tables of README.md and docs/quality.md, generated from the records.
+
+`python -m benchmarks.table` rewrites them in place, between comments such as `<!-- quality -->`, `<!-- /quality -->`.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, read
+from lemo.bench.records import Record, read
+from lemo.report.quality import change_text, gain_text, mean_text, quality_markdown
+from lemo.report.quality_rows import TASKS, Study, row_order, studies
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README, QUALITY = ROOT / "README.md", ROOT / "docs" / "quality.md"
+# The README's rows: a pattern of the settings shown of each method.
+SHOWN = {
+    "lora+ckpt": "default",
+    "lemo-backward": "default",
+    "lemo-segments": ".*",
+    "lemo-forward": r"(.*\D)?0\.5",
+    "labels-only": ".*",
+    "truncated": ".*",
+    "longlora": ".*",
+}
+
+
+def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
+    """Every generated table by file and marker; empty where nothing is recorded."""
+    records = [record for path in sorted(results.glob("*/*_quality-*.jsonl")) for record in read(path)]
+    return {
+        README: {"measured": demo_table(results), "quality": compact_table(records)},
+        QUALITY: {f"quality:{task}": quality_markdown(records, task) for task in TASKS},
+    }
 
 
 def demo_table(results: Path = RESULTS) -> str:
     """Markdown: the demo's job by device, length and method; medians over seeds, every figure from a record."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Record]] = {}
     for path in sorted(results.glob("*/*_demo.jsonl")):
         for row in read(path):
-            groups.setdefault((row["gpu"], row["T"], row["steps"], row["method"]), []).append(row)
+            groups.setdefault((row.gpu, row.T, row.steps, row.method), []).append(row)
     lines = [
         "| device | T | steps | method | seeds | keep | fidelity | step, ms (min to max) | peak GiB | held-out loss "
         "before → after | gain retained (range) |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (gpu, T, steps, method), rows in groups.items():
-        gains = [row["gain_retained"] for row in rows if row["gain_retained"] is not None]
+        gains = [row.gain_retained for row in rows if row.gain_retained is not None]
         gain = f"{statistics.mean(gains):.0%}" if gains else "n/a"
         if len(gains) > 1 and min(gains) != max(gains):
             gain += f" ({min(gains):.0%} to {max(gains):.0%})"
-        fidelity = rows[0]["fidelity"]
+        fidelity = "n/a" if rows[0].fidelity is None else format(mean(rows, "fidelity"), ".3f")
+        times = [getattr(row, key) for key in ("step_ms_min", "step_ms_max") for row in rows]
         lines.append(
-            f"| {gpu} | {T:,} | {steps} | `{method}` | {len(rows)} | {mean(rows, 'keep'):.2f} | "
-            f"{'n/a' if fidelity is None else format(mean(rows, 'fidelity'), '.3f')} | "
-            f"{statistics.median(row['step_ms'] for row in rows):,.0f} ({min(row['step_ms_min'] for row in rows):,.0f} "
-            f"to {max(row['step_ms_max'] for row in rows):,.0f}) | {max(row['peak_gib'] for row in rows):.2f} | "
+            f"| {gpu} | {T:,} | {steps} | `{method}` | {len(rows)} | {mean(rows, 'keep'):.2f} | {fidelity} | "
+            f"{statistics.median(row.step_ms for row in rows):,.0f} ({min(times):,.0f} to {max(times):,.0f}) "
+            f"| {max(row.peak_gib for row in rows):.2f} | "
             f"{mean(rows, 'loss_before'):.3f} → {mean(rows, 'loss_after'):.3f} | {gain} |"
         )
     return "\n".join(lines)
 
 
-def mean(rows: list[dict[str, Any]], key: str) -> float:
+def compact_table(records: Sequence[Record]) -> str:
+    """Markdown: the rows of `SHOWN`, a column for each task; a table for each device and model."""
+    groups: dict[tuple[str, str], list[Study]] = {}
+    for study in studies(records):
+        groups.setdefault((study.gpu, Path(study.model).name), []).append(study)
+    return "\n\n".join(_compact(gpu, model, group) for (gpu, model), group in groups.items())
+
+
+def _compact(gpu: str, model: str, group: Sequence[Study]) -> str:
+    heads = ["method"]
+    for study in group:
+        heads.append(f"{study.task}, T = {study.T:,}")
+        if study.has("accuracy_after"):
+            heads.append(f"{study.task} accuracy before → after")
+    found = {
+        (row.method, row.setting)
+        for study in group
+        for row in study.rows
+        if row.method in SHOWN and re.fullmatch(SHOWN[row.method], row.setting)
+    }
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for method, setting in sorted(found, key=lambda name: row_order(*name)):
+        cells = [f"`{method}`" if setting == "default" else f"`{method}`, {setting}"]
+        for study in group:
+            row = next((row for row in study.rows if (row.method, row.setting) == (method, setting)), None)
+            cells.append(f"{gain_text(row)}, keep {mean_text(row.stat('keep'), '.2f')}" if row else "n/a")
+            if study.has("accuracy_after"):
+                cells.append(change_text(row, "accuracy_before", "accuracy_after") if row else "n/a")
+        lines.append(f"| {' | '.join(cells)} |")
+    caption = f"Gain retained, mean (min to max over seeds), and keep; `{model}` on {gpu}."
+    return f"{caption}\n\n" + "\n".join(lines)
+
+
+def mean(rows: Sequence[Record], key: str) -> float:
     """Mean of one key over rows."""
-    return statistics.mean(row[key] for row in rows)
+    return statistics.mean(getattr(row, key) for row in rows)
 
 
-def replaced(text: str, table: str) -> str:
-    """The README's text with the table between its markers."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def replaced(text: str, marker: str, table: str) -> str:
+    """A page's text with a table between its markers.
+
+    Raises:
+        ValueError: a marker is missing; a table that is empty needs none.
+    """
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if begin not in text and end not in text and not table:
+        return text
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"put {begin} and {end}, on lines of their own, where the table goes")
+    return f"{before}{begin}\n{table or 'Not measured yet.'}\n{end}{after}"
+
+
+def page(path: Path, parts: Mapping[str, str]) -> str:
+    """A file's text with its tables; an absent file is empty.
+
+    Raises:
+        ValueError: a marker of a table is missing.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for marker, table in parts.items():
+        try:
+            text = replaced(text, marker, table)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text(), demo_table()))
+    for file, parts in tables().items():
+        if text := page(file, parts):
+            file.write_text(text, encoding="utf-8")

@@ -70,6 +70,7 @@ def study(task: str = "sft", rows: tuple[Any, ...] = SFT, *, timed: bool = True,
             record.details = {"by_position": positions(0.1 * (gain + jitter))}
             if task == "retrieval":
                 record.accuracy_before, record.accuracy_after = 0.12, max(0.0, min(1.0, 0.9 * gain))
+                record.accuracy_after_sparse = 0.05 if method == "lemo-forward" else None
                 record.details["by_depth"] = depths(max(0.0, gain), sparse=method == "lemo-forward")
             found.append(record)
     return [*found, Record("step", "lora+ckpt", step_ms=540.0, gpu=gpu)]

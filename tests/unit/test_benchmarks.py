@@ -1,18 +1,20 @@
-"""Committed records are whole, and the README's table is the one they give."""
+"""Committed records are whole, and the tables of the README and of docs/quality.md are those they give."""
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from lemo.bench.records import KEYS, Record, read, write
+from synthetic_quality import RETRIEVAL, study
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.records import RESULTS, Record, read, write  # noqa: E402
-from benchmarks.table import README, demo_table, replaced  # noqa: E402
+from benchmarks.table import README, RESULTS, compact_table, demo_table, page, replaced, tables  # noqa: E402
 
 RECORDS = sorted(RESULTS.glob("*/*.jsonl"))
 
@@ -23,17 +25,18 @@ def test_there_are_records():
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
 def test_every_row_has_every_key_and_says_where_it_comes_from(path):
-    for row in read(path):
-        assert list(row) == [field.name for field in fields(Record)]
-        assert all(row[key] for key in ("bench", "method", "gpu", "versions", "commit", "command", "time"))
+    for line, row in zip(path.read_text().splitlines(), read(path), strict=True):
+        assert tuple(json.loads(line)) == KEYS
+        assert all((row.bench, row.method, row.gpu, row.versions, row.commit, row.command, row.time))
 
 
-def test_the_readme_shows_what_the_records_say():
-    text = README.read_text()
-    assert replaced(text, demo_table()) == text, "run: python -m benchmarks.table"
+@pytest.mark.parametrize("path", tables(), ids=lambda path: path.name)
+def test_the_pages_show_what_the_records_say(path):
+    text = path.read_text() if path.is_file() else ""
+    assert page(path, tables()[path]) == text, "run: python -m benchmarks.table"
 
 
-def test_the_table_follows_the_records(tmp_path):
+def test_the_demo_table_follows_the_records(tmp_path):
     def row(method, loss_after, gain):
         return Record(
             bench="step",
@@ -52,8 +55,49 @@ def test_the_table_follows_the_records(tmp_path):
             gpu="g",
         )
 
+    (tmp_path / "g").mkdir()
     write([row("a", 1.5, 1.0), row("b", 1.6, 0.8), row("b", 1.5, 1.0)], tmp_path / "g" / "d_demo.jsonl")
     lines = demo_table(tmp_path).splitlines()
     assert len(lines) == 4
     assert "| `b` | 2 |" in lines[3]
-    assert lines[3].endswith("2.000 → 1.550 | 90% (80% to 100%) |")
+    assert lines[3].endswith("10 (9 to 12) | 1.00 | 2.000 → 1.550 | 90% (80% to 100%) |")
+
+
+def test_quality_records_fill_both_pages(tmp_path):
+    (tmp_path / "g").mkdir()
+    write(study(), tmp_path / "g" / "d_quality-sft.jsonl")
+    parts = {path.name: part for path, part in tables(tmp_path).items()}
+    assert "| `labels-only` |" in parts["README.md"]["quality"]
+    assert "| `random-blocks` | keep 0.5 |" in parts["quality.md"]["quality:sft"]
+    assert parts["quality.md"]["quality:lm"] == ""
+
+
+def test_the_readmes_quality_table_has_its_rows_and_a_column_a_task():
+    lines = compact_table(study() + study("retrieval", RETRIEVAL)).splitlines()
+    assert lines[0].endswith("`smollm2-135m-instruct` on NVIDIA H100 80GB HBM3.")
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[4:]}
+    assert list(cells) == [
+        "`lora+ckpt`", "`lemo-backward`", "`lemo-segments`, keep 0.25", "`lemo-segments`, keep 0.5",
+        "`lemo-forward`, keep 0.5", "`labels-only`", "`truncated`, keep 0.25", "`truncated`, keep 0.5", "`longlora`",
+    ]  # fmt: skip
+    assert lines[2].count("|") == 5
+    assert cells["`lora+ckpt`"] == ["100%, keep 1.00", "100%, keep 1.00", "0.120 → 0.900 |"]
+    assert cells["`lemo-segments`, keep 0.5"][1:] == ["n/a", "n/a |"]
+    assert cells["`lemo-forward`, keep 0.5"][0] == "−522%, harmful, keep 0.50"
+
+
+def test_devices_stay_apart():
+    table = compact_table([*study(gpu="one"), *study(gpu="two")])
+    assert table.count("on one.") == table.count("on two.") == 1
+    assert table.count("| `longlora` |") == 2
+
+
+def test_a_table_needs_its_markers():
+    assert replaced("a\n<!-- m -->\nold\n<!-- /m -->\nb", "m", "new") == "a\n<!-- m -->\nnew\n<!-- /m -->\nb"
+    assert replaced("<!-- m -->\nold\n<!-- /m -->", "m", "") == "<!-- m -->\nNot measured yet.\n<!-- /m -->"
+    assert replaced("no markers", "m", "") == "no markers"
+    for text in ("no markers", "<!-- m -->\nno end", "no begin\n<!-- /m -->", "<!-- /m -->\n<!-- m -->"):
+        with pytest.raises(ValueError, match="put <!-- m --> and <!-- /m -->"):
+            replaced(text, "m", "new")
+    with pytest.raises(ValueError, match=r"README\.md: put <!-- no-such -->"):
+        page(README, {"no-such": "table"})

@@ -6,56 +6,18 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 
+from html_page import Page
 from lemo.errors import UserError
 from lemo.report import build
 from lemo.report.figures import _binned, _moving_mean
 from lemo.report.records import read_run
 from synthetic_run import SAMPLE, write_run
-
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and notes ids, attributes that load something, and the text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.loads: list[str] = []
-        self.labels: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-        self.ids += [values["id"] or ""] if "id" in values else []
-        self.loads += [values[key] or "" for key in ("src", "href", "xlink:href") if key in values]
-        if tag == "svg":
-            self.labels.append(values.get("aria-label") or "")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def page_of(directory: Path) -> Page:

@@ -19,8 +19,15 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 THIRD, FOURTH, FIFTH, SIXTH = "#060606", "#070707", "#080808", "#090909"
 _VARIABLES = {
-    **{INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", SECOND: "--second"},
-    **{THIRD: "--third", FOURTH: "--fourth", FIFTH: "--fifth", SIXTH: "--sixth"},
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--line",
+    FIRST: "--first",
+    SECOND: "--second",
+    THIRD: "--third",
+    FOURTH: "--fourth",
+    FIFTH: "--fifth",
+    SIXTH: "--sixth",
 }
 _WIDTH = 7.2
 # Any: matplotlib 3.11's stubs want its literal keys, earlier ones don't have them.

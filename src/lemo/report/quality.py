@@ -188,9 +188,7 @@ _HTML = (
     _LOSS,
     Column("sparse loss", lambda row: mean_text(row.stat("loss_after_sparse"), ".3f"), "loss_after_sparse"),
     _ACCURACY,
-    Column(
-        "sparse accuracy", lambda row: mean_text(row.stat("accuracy_after_sparse"), ".3f"), "accuracy_after_sparse"
-    ),
+    Column("sparse accuracy", lambda row: mean_text(row.stat("accuracy_after_sparse"), ".3f"), "accuracy_after_sparse"),
 )
 # Heads of columns of words, which are set flush left.
 _WORDS = ("method", "setting", "commit", "time")
@@ -271,11 +269,11 @@ def _frontier(study: Study, name: str) -> Iterator[str]:
         yield '<p class="small">No method has both a gain retained and a time or a memory to set it against.</p>'
         return
     text = (
-        "Numbers are the table's rows; bars span the seeds. Better is up, and right in the first plot or left in the "
-        f"second. Below {figures.FLOOR:.0%} or over {figures.CEILING:.0%} an arrow at the edge carries the value. "
+        f"Numbers are the table's rows; bars span the seeds. Below {figures.FLOOR:.0%} or over {figures.CEILING:.0%} "
+        "an arrow at the edge carries the value. "
     )
     if not study.has("step_ms"):
-        text = text.replace("right in the first plot or left in the second", "left") + "Steps weren't timed. "
+        text += "Steps weren't timed. "
     key = " · ".join(f"{row.number} {row.name}" for row in study.rows)
     yield figure(drawing, "Gain retained against speed and memory", f"{text}{key}")
 
@@ -283,8 +281,10 @@ def _frontier(study: Study, name: str) -> Iterator[str]:
 def _retrieval(study: Study, name: str) -> Iterator[str]:
     drawing = figures.heat_maps(study, f"{name}-depths")
     if drawing is not None:
-        caption = "Answers right in every token, in percent, by the dense model; means over seeds."
-        yield figure(drawing, "Accuracy by depth and length", caption)
+        text = (
+            "Answers right in every token, in percent, by the dense model unless a title says sparse; means over seeds."
+        )
+        yield figure(drawing, "Accuracy by depth and length", text)
 
 
 def _positions(study: Study, name: str) -> Iterator[str]:

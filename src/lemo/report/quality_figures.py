@@ -116,8 +116,10 @@ def _point(axes: Axes, row: Row, x: float, gain: Stat, bottom: float, top: float
 def _label_points(axes: Axes, points: Sequence[tuple[Row, float, Stat]], bottom: float, top: float) -> None:
     """Writes each row's number beside its marker, clear of markers, ranges and other numbers where there is room."""
     scale = 72 / axes.figure.dpi
-    frame = Box(*(axes.bbox.extents * scale))
-    spots, taken = [], []
+    frame = Box(*(float(value) * scale for value in axes.bbox.extents))
+    one_x, one_y = (float(value) for value in axes.transData.transform((1.0, 1.0)) * scale)
+    spots = []
+    taken = [Box(one_x - 1, frame.bottom, one_x + 1, frame.top), Box(frame.left, one_y - 1, frame.right, one_y + 1)]
     for _, x, gain in points:
         px, py, low, high = (
             float(axes.transData.transform((x, min(max(y, bottom), top)))[index] * scale)
@@ -141,7 +143,9 @@ def _label_points(axes: Axes, points: Sequence[tuple[Row, float, Stat]], bottom:
             va="center",
             fontsize=8.5,
             color=look(row.method)[0],
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 5, "shrinkB": 3} if far else None,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 5, "shrinkB": 3}
+            if far
+            else None,
         ).set_in_layout(False)
 
 

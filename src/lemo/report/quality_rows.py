@@ -206,7 +206,7 @@ def _rows(runs: Sequence[Record]) -> tuple[Row, ...]:
             "give the records of one study"
         )
     groups: dict[tuple[str, str], list[Record]] = {}
-    for run in sorted(runs, key=lambda run: (_rank(run.method, METHODS), _setting_order(run.setting or ""), run.seed)):
+    for run in sorted(runs, key=lambda run: (row_order(run.method, run.setting or ""), run.seed)):
         groups.setdefault((run.method, run.setting or ""), []).append(run)
     baseline = groups.get((BASELINE, "default"), [])
     rows = []
@@ -229,14 +229,15 @@ def peak_gib(runs: Sequence[Record]) -> float | None:
     return max((run.peak_gib for run in runs if run.peak_gib is not None), default=None)
 
 
+def row_order(method: str, setting: str) -> tuple[object, ...]:
+    """Key to sort rows by: `METHODS`; then `default` before other settings, whose numbers go by size."""
+    parts = re.findall(r"\d+(?:\.\d+)?|[^\d]+", setting)
+    numbers_by_size = [(float(part), "") if part[0].isdigit() else (-1.0, part) for part in parts]
+    return _rank(method, METHODS), setting != "default", numbers_by_size
+
+
 def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
     return (order.index(name), "") if name in order else (len(order), name)
-
-
-def _setting_order(setting: str) -> tuple[bool, list[tuple[float, str]]]:
-    """`default` first, numbers by size."""
-    parts = re.findall(r"\d+(?:\.\d+)?|[^\d]+", setting)
-    return setting != "default", [(float(part), "") if part[0].isdigit() else (-1.0, part) for part in parts]
 
 
 def _stat(values: Sequence[float | None]) -> Stat | None:
