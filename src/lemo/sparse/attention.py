@@ -1,17 +1,22 @@
-"""Attention of selected query rows over the keys of their documents (the torch path).
+"""Attention of selected query rows over the keys of their documents.
 
-Masks are built from original positions, one chunk of queries at a time, so that causality, sliding windows and
-document boundaries hold for any selection of rows and nothing of size T·T exists (DESIGN 4.3).
+Original positions decide what a query sees, so that causality, sliding windows and document boundaries hold for any
+selection of rows, and nothing of size T·T exists (DESIGN 4.3). On a GPU a kernel is told each query's first and last
+key; the torch path builds masks, one chunk of queries at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lemo.kernels.dispatch import attention_backend
 from lemo.sparse.dropout import RowDropout, attention_with_dropout
 from lemo.sparse.view import LayerView
 from lemo.types import SequenceLayout, TokenPlan
@@ -44,6 +49,13 @@ def attend_rows(
     """
     H, N, _ = q_HNd.shape
     site = dropout.next_site() if dropout is not None and view.attention_dropout > 0 else None
+    device = q_HNd.device.type
+    if torch.is_autocast_enabled(device):  # as torch does for its own attention
+        q_HNd, k_KMd, v_KMd = (x.to(torch.get_autocast_dtype(device)) for x in (q_HNd, k_KMd, v_KMd))
+    whole = view.window is None and _same_rows(queries, keys, layout)
+    if N and not whole and attention_backend(q_HNd, k_KMd, v_KMd, site is not None) == "triton":
+        bounds = _key_bounds(queries, keys, layout, view.window)
+        return _RowAttention.apply(q_HNd, k_KMd, v_KMd, *bounds, view.scaling).reshape(N, -1)
     parts = []
     for index, (first, end) in enumerate(layout.documents):
         n0, n1 = queries.cu_seqlens[index : index + 2]
@@ -66,6 +78,49 @@ def attend_rows(
         )
     context = torch.cat(parts, dim=1) if parts else q_HNd.new_empty(H, 0, v_KMd.shape[-1])
     return context.transpose(0, 1).reshape(N, -1)
+
+
+def _same_rows(queries: TokenPlan, keys: TokenPlan | None, layout: SequenceLayout) -> bool:
+    """Whether queries and keys are the same rows, so that attention is plainly causal in each document."""
+    if keys is not None:
+        return keys is queries
+    kept = [end - start for start, end in pairwise(queries.cu_seqlens)]
+    return all(count in (0, end - first) for count, (first, end) in zip(kept, layout.documents, strict=True))
+
+
+def _key_bounds(
+    queries: TokenPlan, keys: TokenPlan | None, layout: SequenceLayout, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """First and last key that each query sees, int32 [N] each, as indices into the keys."""
+    rows = queries.rows
+    document = layout.document_of_block[layout.block_of_row[rows]]
+    first = layout.first_row_of_block[layout.first_block[document]]
+    if window is not None:
+        first = torch.maximum(first, rows - window + 1)
+    if keys is None:
+        return first.int(), rows.int()
+    return torch.searchsorted(keys.rows, first).int(), (torch.searchsorted(keys.rows, rows, right=True) - 1).int()
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, lo_N: Tensor, hi_N: Tensor, scale: float
+    ) -> Tensor:
+        from lemo.kernels.attention import attention_forward
+
+        out, lse = attention_forward(q_HNd, k_KMd, v_KMd, lo_N, hi_N, scale)
+        ctx.save_for_backward(q_HNd, k_KMd, v_KMd, out, lse, lo_N, hi_N)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NHd: Tensor) -> tuple[Tensor | None, ...]:
+        from lemo.kernels.attention import attention_backward
+
+        q, k, v, out, lse, lo, hi = ctx.saved_tensors
+        return *attention_backward(grad_NHd, q, k, v, out, lse, lo, hi, ctx.scale), None, None, None
 
 
 @dataclass(frozen=True)
