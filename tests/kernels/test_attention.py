@@ -113,7 +113,7 @@ def check(case, heads, d, dtype, monkeypatch):
     plain = exact(q, k, v, grad, lo, hi, scale, dtype)
     poisoned(monkeypatch)
     for name, found, right, low in zip(
-        "o q k v".split(), run(q, k, v, grad, lo, hi, scale), wanted, plain, strict=True
+        ("o", "q", "k", "v"), run(q, k, v, grad, lo, hi, scale), wanted, plain, strict=True
     ):
         assert found.dtype == dtype
         assert torch.isfinite(found).all(), name
