@@ -39,16 +39,17 @@ test: $(READY)  ## the tests that CI runs, on the CPU
 test-slow: $(READY)  ## longer CPU checks, outside CI
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(PYTEST_ARGS)
 
-test-gpu: $(READY)  ## the parity tests and those marked gpu, on a CUDA device
-	@LEMO_TEST_DEVICE=cuda $(RUN) -m pytest -m "gpu or not slow" tests/parity tests/gpu $(PYTEST_ARGS)
+test-gpu: $(READY)  ## kernels, parity tests and those marked gpu, on a CUDA device
+	@LEMO_TEST_DEVICE=cuda $(RUN) -m pytest -m "gpu or not slow" tests/kernels tests/parity tests/gpu $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(READY)  ## the demo's job, sparse and dense, on this machine; a record goes to benchmarks/results
-	@$(RUN) -m benchmarks.demo $(BENCH_ARGS)
+bench: $(READY)  ## a small quality study on the CPU (about an hour): what leaving tokens out does to the model
+	@n=1; while [ -e "runs/bench-$$n" ]; do n=$$((n + 1)); done; \
+	$(RUN) -m lemo bench quality --config benchmarks/quality/cpu.yaml --output "runs/bench-$$n" $(BENCH_ARGS)
 
 clean:  ## remove the environment, caches and build products; runs/ stays
 	rm -rf $(VENV) .cache build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info

@@ -1,7 +1,7 @@
 """Records a finished run directory of `make demo`: `python -m benchmarks.record_demo runs/demo-1`.
 
-The row is added to `results/<device>/<date>_demo.jsonl`, of which the README shows a table. Run it on the machine and at
-the commit of the run.
+The row is added to `results/<device>/<date>_demo.jsonl`, of which the README shows a table. Run it on the machine and
+at the commit of the run.
 """
 
 from __future__ import annotations

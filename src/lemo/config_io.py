@@ -258,9 +258,7 @@ def _item_section(annotation: Any) -> type[Frozen] | None:
     return _section_of(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is tuple else None
 
 
-def _explain(
-    errors: list[ErrorDetails], root: type[Frozen], source: str, given: Mapping[str, str]
-) -> list[str]:
+def _explain(errors: list[ErrorDetails], root: type[Frozen], source: str, given: Mapping[str, str]) -> list[str]:
     """One text a key: where it was given, the key, its value, what is allowed (joined by `or`)."""
     allowed: dict[str, list[str]] = {}
     values: dict[str, Any] = {}

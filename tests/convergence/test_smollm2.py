@@ -5,7 +5,6 @@ One seed each, so the margins only tell working from broken; the spread over see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def _two_threads(_reproducible: None) -> Iterator[None]:
+def _two_threads(_reproducible: None) -> None:
     torch.set_num_threads(2)
-    yield
 
 
 def study(output: Path, task: dict[str, Any], learning_rate: float) -> tuple[Record, Record]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from lemo.kernels import reference
 triton = pytest.importorskip("triton")
 from lemo.kernels import attention as kernels  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = os.environ.get("LEMO_TEST_DEVICE", "cpu")
 # The interpreter computes bf16 products wrongly.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 

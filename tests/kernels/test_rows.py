@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from lemo.selection.layout import build_layout
 from lemo.selection.ranking import plan_from_blocks
 from lemo.sparse import attention
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(os.environ.get("LEMO_TEST_DEVICE", "cpu"))
 BATCHES: dict[str, dict[str, Any]] = {
     "one": {"batch": 1, "length": 150},
     "two": {"batch": 2, "length": 70},
