@@ -264,6 +264,40 @@ def cases() -> list[Case]:
             file_limit=FILE_LIMIT,
             afterwards=nothing_lost_when_full,
         ),
+        Case(
+            "unknown key of a task",
+            "bench quality --config {root}/task.yaml",
+            r"task\.yaml: unknown key task\.lenghts; did you mean task\.lengths\?",
+            light=True,
+            prepare=write("task.yaml", "task: {kind: retrieval, lenghts: [1024]}\n"),
+        ),
+        Case("study without a file", "bench quality", r"Missing option '--config'", light=True),
+        Case("study that isn't there", "bench quality --config {root}/none.yaml", r"no such file", light=True),
+        Case(
+            "labels-only where every token is labelled",
+            "bench quality --config {root}/lm.yaml",
+            r"labels-only leaves nothing out in task lm",
+            light=True,
+            prepare=write("lm.yaml", "task: {kind: lm}\nmethods: [{method: labels-only}]\n"),
+        ),
+        Case(
+            "study over a run",
+            "bench quality --config {root}/sft.yaml --output {root}/run",
+            r"run is not empty, and nothing is overwritten; add --resume .*choose another --output",
+            prepare=write("sft.yaml", "task: {kind: sft}\n"),
+        ),
+        Case(
+            "resuming what is no study",
+            "bench quality --config {root}/sft.yaml --output {root}/texts --resume",
+            r"texts holds no study to resume; choose another --output",
+            prepare=write("sft.yaml", "task: {kind: sft}\n"),
+        ),
+        Case(
+            "task without text",
+            "bench quality --config {root}/sft.yaml --model {root}/model --set task.sources=[{root}/txts]",
+            r"txts does not exist",
+            prepare=write("sft.yaml", "task: {kind: sft}\n"),
+        ),
         Case("report of no run", "report {root}/texts", r"texts"),
     ]
 

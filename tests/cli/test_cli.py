@@ -117,7 +117,39 @@ def test_report_writes_the_report_anew(
     assert (place / "run/report.html").exists()
 
 
+def test_bench_quality_runs_goes_on_and_is_reported(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"kind": "sft", "sources": [str(place / "data")], "heldout_share": 0.3, "heldout_sequences": 2}
+    task |= {"max_tokens": 128, "min_tokens": 40, "completion_tokens": [8, 24]}
+    study = {"task": task, "methods": [{"method": "labels-only"}], "seeds": [0], "timed_steps": 0, "device": "cpu"}
+    study |= {"lora": {"r": 4}, "training": {"steps": 2, "learning_rate": 5e-3, "save_every": 0}}
+    path, output = tmp_path / "study.yaml", tmp_path / "study"
+    path.write_text(json.dumps(study))
+    command = ["bench", "quality", "--config", str(path), "--model", str(place / "model"), "--output", str(output)]
+
+    assert lemo(monkeypatch, *command, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"records": 2, "report": str(output / "report.html")}
+    assert "2 of 2: labels-only default, seed 0, 2 steps" in err
+    lines = (output / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["method"] for line in lines] == ["lora+ckpt", "labels-only"]
+
+    assert lemo(monkeypatch, *command) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert lemo(monkeypatch, *command, "--resume", "--set", "seeds=[0, 1]") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["4 records", f"report: {output / 'report.html'}"]
+    assert "2 of 2: labels-only default, seed 1" in err
+    assert (output / "records.jsonl").read_text().splitlines()[:1] == lines[:1]
+
+    (output / "report.html").unlink()
+    assert lemo(monkeypatch, "report", str(output)) == 0
+    assert capsys.readouterr().out.strip() == f"report: {output / 'report.html'}"
+    assert "labels-only" in (output / "report.html").read_text()
+
+
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert lemo(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("finetune", "eval", "report"))
+    assert all(command in out for command in ("finetune", "eval", "bench", "report"))

@@ -1,6 +1,7 @@
 """The real model on real data at 1,024 tokens, 60 steps of ordinary LoRA and of mode `backward`: `make test-slow`.
 
-One seed each, so the margins only tell working from broken; the spread over seeds is in docs/quality.md.
+About half an hour on two cores. One seed each, so the margins only tell working from broken; the spread over seeds is
+in docs/quality.md.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def test_backward_learns_what_lora_learns_of_long_prompts(tmp_path: Path) -> Non
     assert baseline.loss_after is not None
     # A share of less would be noise; ten steps of `make demo` win twice as much.
     assert baseline.loss_before - baseline.loss_after >= 0.02
-    # Four times what seeds differ by at 8K (README); a gradient that misses a branch or a layer loses more.
+    # Five points under the lowest of five seeds at 8K (docs/quality.md).
     assert backward.gain_retained is not None
     assert backward.gain_retained >= 0.9
     # Something must have been left out. Prompts are as short as 8 blocks here, of which labels hold up to 3.

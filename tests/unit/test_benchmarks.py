@@ -10,10 +10,12 @@ import pytest
 
 from lemo.bench.records import KEYS, Record, read, write
 from synthetic_quality import RETRIEVAL, study
+from synthetic_run import write_run
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.record_demo import record_of  # noqa: E402
 from benchmarks.table import README, RESULTS, compact_table, demo_table, page, replaced, tables  # noqa: E402
 
 RECORDS = sorted(RESULTS.glob("*/*.jsonl"))
@@ -61,6 +63,16 @@ def test_the_demo_table_follows_the_records(tmp_path):
     assert len(lines) == 4
     assert "| `b` | 2 |" in lines[3]
     assert lines[3].endswith("10 (9 to 12) | 1.00 | 2.000 → 1.550 | 90% (80% to 100%) |")
+
+
+def test_a_run_of_the_demo_becomes_a_row(tmp_path):
+    row = record_of(write_run(tmp_path / "run", steps=6))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (row.method, row.command, row.steps) == ("lemo-backward", "make demo", 6)
+    assert (row.step_ms, row.tokens_per_s) == pytest.approx((22_700, row.T / 22.7))
+    assert (row.keep, row.loss_after) == (summary["keep_mean"], summary["loss_after"])
+    write([row], tmp_path / "rows.jsonl")
+    assert read(tmp_path / "rows.jsonl") == [row]
 
 
 def test_quality_records_fill_both_pages(tmp_path):

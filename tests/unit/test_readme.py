@@ -16,6 +16,7 @@ import yaml
 from typer.main import get_command
 
 import lemo
+from lemo.bench.config import load_quality
 from lemo.cli.main import app
 from lemo.config import RunConfig
 from lemo.config_io import load_config
@@ -47,17 +48,22 @@ def test_the_readme_shows_every_command() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_flags_exist(page: str) -> None:
-    command: Any = get_command(app)
     for words in commands(page):
         if "|" in words:
             continue
-        assert words[0] in command.commands, words
-        if len(words) == 1:  # the bare name in a sentence
+        command: Any = get_command(app)
+        while hasattr(command, "commands") and words:  # `bench` has commands of its own
+            assert words[0] in command.commands, words
+            command, words = command.commands[words[0]], words[1:]
+        if not words:  # the bare name in a sentence
             continue
         # Parses as the command line would, without running anything.
-        with command.commands[words[0]].make_context(words[0], words[1:]) as context:
-            for override in context.params.get("overrides") or []:
-                if override != "key=value":
+        with command.make_context(command.name, words) as context:
+            overrides = [o for o in context.params.get("overrides") or [] if o != "key=value"]
+            if command.name == "quality":
+                load_quality(ROOT / context.params["config"], overrides=overrides)
+            else:
+                for override in overrides:
                     load_config(overrides=[override])
 
 
