@@ -47,7 +47,7 @@ lint: $(READY)  ## ruff and mypy
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(READY)  ## a small quality study on the CPU (about an hour): what leaving tokens out does to the model
+bench: $(READY)  ## a small quality study on the CPU: what leaving tokens out does to the model
 	@n=1; while [ -e "runs/bench-$$n" ]; do n=$$((n + 1)); done; \
 	$(RUN) -m lemo bench quality --config benchmarks/quality/cpu.yaml --output "runs/bench-$$n" $(BENCH_ARGS)
 
