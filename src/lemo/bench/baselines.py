@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lemo.data.labelling import IGNORED
 from lemo.errors import UserError
 from lemo.models import get_runtime
 
-IGNORED = -100
 _SHIFTED = "lemo_shifted_"
 
 

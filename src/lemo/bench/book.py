@@ -9,7 +9,7 @@ from lemo.bench import records
 from lemo.bench.config import BASELINE, MethodConfig, QualityConfig
 from lemo.bench.records import Record
 from lemo.bench.runs import Judgement, StepTime, Trained
-from lemo.evaluation import accuracy, by_depth
+from lemo.evaluation import accuracy, by_depth, compare_positions
 from lemo.training.summary import versions
 
 # More steps than this times the baseline's are not run, however fast a method is.
@@ -92,7 +92,7 @@ class Book:
         row.wall_s, row.concurrent = sum(trained.step_s), self.study.workers
         row.loss_after = after.loss
         row.loss_after_sparse = sparse.loss if sparse else None
-        row.details = {"by_position": _by_position(before, after)}
+        row.details = {"by_position": compare_positions(before.by_position, after.by_position)}
         if after.answers:
             row.accuracy_before, row.accuracy_after = accuracy(before.answers), accuracy(after.answers)
             row.accuracy_after_sparse = accuracy(sparse.answers) if sparse else None
@@ -153,13 +153,6 @@ class Book:
 
 def _times(time: Record, row: Record) -> bool:
     return time.bench == "step" and (time.method, time.setting, time.gpu) == (row.method, row.setting, row.gpu)
-
-
-def _by_position(before: Judgement, after: Judgement) -> list[dict[str, object]]:
-    return [
-        {"start": old.start, "end": old.end, "tokens": old.tokens, "before": old.loss, "after": new.loss}
-        for old, new in zip(before.by_position, after.by_position, strict=True)
-    ]
 
 
 def _by_depth(before: Judgement, after: Judgement, sparse: Judgement | None, depths: int) -> list[dict[str, object]]:

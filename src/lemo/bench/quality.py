@@ -30,6 +30,7 @@ from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.errors import UserError
 from lemo.models.loading import load_tokenizer
 from lemo.training.checks import fingerprint_data
+from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, write_json
 
 FILE = "records.jsonl"
@@ -51,7 +52,11 @@ def run_study(study: QualityConfig, *, resume: bool = False) -> list[Record]:
     """
     console = Console(stderr=True)
     directory = Path(study.output)
-    rows = open_study(study, directory) if resume else refuse_used(directory)
+    rows: list[Record] = []
+    if resume:
+        rows = open_study(study, directory)
+    else:
+        refuse_used(directory, "go on with the study in it")
     methods = rows_of(study)
     task = build_task(study.task, load_tokenizer(study.model.name))
     laboratory = Laboratory(study, task)
@@ -71,7 +76,7 @@ def run_study(study: QualityConfig, *, resume: bool = False) -> list[Record]:
     before = laboratory.judge_untrained()
     console.print(f"before training: held-out loss {before.loss:.4f}", highlight=False)
     jobs = [job for job in all_jobs(study, methods, book) if not book.holds(job)]
-    for number, (job, trained) in enumerate(run_jobs(study, task, jobs), start=1):
+    for number, (job, trained) in enumerate(run_jobs(laboratory, jobs), start=1):
         book.add_run(job, before, trained)
         console.print(
             f"{number} of {len(jobs)}: {job.label()}: held-out loss {trained.after.loss:.4f}, keep {trained.keep:.3f}",
@@ -79,22 +84,6 @@ def run_study(study: QualityConfig, *, resume: bool = False) -> list[Record]:
             soft_wrap=True,
         )
     return book.rows
-
-
-def refuse_used(directory: Path) -> list[Record]:
-    """No rows.
-
-    Raises:
-        UserError: the directory holds something.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output {directory} is a file; choose another --output")
-    if directory.is_dir() and any(directory.iterdir()):
-        raise UserError(
-            f"--output {directory} is not empty, and nothing is overwritten; add --resume to go on with the study "
-            "in it, or choose another --output"
-        )
-    return []
 
 
 def open_study(study: QualityConfig, directory: Path) -> list[Record]:
@@ -180,10 +169,10 @@ def _train(job: Job) -> Trained:
     return _laboratory.train(job.method, job.seed, job.steps)
 
 
-def run_jobs(study: QualityConfig, task: Task, jobs: list[Job]) -> Iterator[tuple[Job, Trained]]:
+def run_jobs(laboratory: Laboratory, jobs: list[Job]) -> Iterator[tuple[Job, Trained]]:
     """Runs jobs, `study.workers` at a time, and yields each as it ends."""
+    study, task = laboratory.study, laboratory.task
     if study.workers == 1:
-        laboratory = Laboratory(study, task)
         for job in jobs:
             yield job, laboratory.train(job.method, job.seed, job.steps)
         return

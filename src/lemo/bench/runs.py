@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 
 from lemo.bench.baselines import shift_attention, truncate_rows
-from lemo.bench.config import BASELINE, MethodConfig, QualityConfig
+from lemo.bench.config import MethodConfig, QualityConfig
 from lemo.bench.tasks import Task
 from lemo.config import DataConfig, RunConfig, SparsityConfig
 from lemo.data import Collator
@@ -150,7 +150,7 @@ class Laboratory:
             return Trained(
                 after=self._judge(model, collate),
                 after_sparse=after_sparse,
-                keep=sums["keep_mean"] * self._tokens(method) / self._tokens(MethodConfig(method=BASELINE)),
+                keep=sums["keep_mean"] * self._share(method),
                 fidelity=sums["fidelity_mean"],
                 peak_gib=sums["peak_gib"],
                 peak_reserved_gib=sums["peak_reserved_gib"],
@@ -169,8 +169,13 @@ class Laboratory:
                 tokens_per_s=1000 * sum(line["tokens"] for line in timed) / sum(milliseconds),
             )
 
-    def _tokens(self, method: MethodConfig) -> int:
-        return sum(len(ids) for ids in self._rows(method)["input_ids"])
+    def _share(self, method: MethodConfig) -> float:
+        """Tokens a method's sequences have, of the task's."""
+        rows = self._rows(method)
+        if rows is self.task.train:
+            return 1.0
+        cut, whole = (sum(map(len, part["input_ids"])) for part in (rows, self.task.train))
+        return cut / whole
 
     def _rows(self, method: MethodConfig) -> Dataset:
         if method.method != "truncated":

@@ -3,7 +3,7 @@ gradients are from dense ones."""
 
 from lemo.evaluation.completion import Sample, sample_completion
 from lemo.evaluation.gradients import GradientAgreement, gradient_agreement
-from lemo.evaluation.perplexity import BucketLoss, DocumentLoss, EvaluationResult, evaluate
+from lemo.evaluation.perplexity import BucketLoss, DocumentLoss, EvaluationResult, compare_positions, evaluate
 from lemo.evaluation.retrieval import Answer, accuracy, by_depth, retrieval_answers
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Sample",
     "accuracy",
     "by_depth",
+    "compare_positions",
     "evaluate",
     "gradient_agreement",
     "retrieval_answers",

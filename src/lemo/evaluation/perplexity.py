@@ -133,6 +133,14 @@ def evaluate(
     return EvaluationResult(loss, _perplexity(loss), tokens, tuple(results), by_position)
 
 
+def compare_positions(before: Sequence[BucketLoss], after: Sequence[BucketLoss]) -> list[dict[str, Any]]:
+    """Losses of the same buckets at two moments, as plain values: start, end, tokens, before, after."""
+    return [
+        {"start": old.start, "end": old.end, "tokens": old.tokens, "before": old.loss, "after": new.loss}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
 def _row_losses(model: nn.Module, batch: dict[str, Tensor], device: str | torch.device) -> tuple[Tensor, Tensor]:
     """Losses (fp64) and positions (int64) of a batch's labelled tokens, both on the CPU."""
     inputs = {key: value.to(device) for key, value in batch.items()}

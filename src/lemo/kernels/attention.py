@@ -18,7 +18,6 @@ from torch import Tensor
 
 # Of one tile. Blocks are 64 tokens by default, so a tile of 64 kept rows is one block and its bounds are tight.
 _ROWS, _KEYS = 64, 64
-_LARGEST = 2**31 - 1
 _LOG2_E = 1.4426950408889634
 
 

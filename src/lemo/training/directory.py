@@ -26,8 +26,12 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def refuse_used(run: Path) -> None:
+def refuse_used(run: Path, resumed: str | None = None) -> None:
     """Refuses a directory that holds anything.
+
+    Args:
+        run: the directory.
+        resumed: what --resume would do, for the message; None looks for a checkpoint of a run.
 
     Raises:
         UserError: it does, or it isn't a directory.
@@ -35,7 +39,9 @@ def refuse_used(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise UserError(f"--output {run} is a file; choose another --output")
     if run.is_dir() and any(run.iterdir()):
-        go_on = "add --resume to go on from its newest checkpoint, or " if checkpoints.steps_of(run) else ""
+        if resumed is None and checkpoints.steps_of(run):
+            resumed = "go on from its newest checkpoint"
+        go_on = f"add --resume to {resumed}, or " if resumed else ""
         raise UserError(f"--output {run} is not empty, and nothing is overwritten; {go_on}choose another --output")
 
 

@@ -21,7 +21,7 @@ import lemo
 from lemo.config import RunConfig
 from lemo.data import Collator, Loaded, load
 from lemo.errors import UserError
-from lemo.evaluation import EvaluationResult, Sample, evaluate, gradient_agreement, sample_completion
+from lemo.evaluation import EvaluationResult, Sample, compare_positions, evaluate, gradient_agreement, sample_completion
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
@@ -257,10 +257,7 @@ class _Job:
 def _by_position(before: EvaluationResult | None, after: EvaluationResult | None) -> list[dict[str, Any]]:
     if before is None or after is None:
         return []
-    return [
-        {"start": old.start, "end": old.end, "tokens": old.tokens, "before": old.loss, "after": new.loss}
-        for old, new in zip(before.by_position, after.by_position, strict=True)
-    ]
+    return compare_positions(before.by_position, after.by_position)
 
 
 def _sample(before: Sample | None, after: Sample | None) -> dict[str, str] | None:
