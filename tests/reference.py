@@ -34,6 +34,7 @@ class EnergyRule:
     keep: float | None = None
     labelled: str = "always"
     block_size: int = BLOCK
+    keep_sink: bool = True
 
 
 def energy_rows(gradient_BTD: Tensor, batch: Batch, rule: EnergyRule) -> set[int]:
@@ -51,6 +52,8 @@ def energy_rows(gradient_BTD: Tensor, batch: Batch, rule: EnergyRule) -> set[int
         cap = len(blocks) if rule.keep is None else max(1, math.ceil(rule.keep * len(blocks)))
         if len(chosen) > cap:
             raise ValueError("labelled blocks alone exceed keep: use segments")
+        if rule.keep_sink and 0 not in chosen and energies[0] > 0.0 and cap > max(1, len(chosen)):
+            chosen.append(0)
         for i in order:
             if i in chosen or energies[i] == 0.0 or len(chosen) >= cap:
                 continue

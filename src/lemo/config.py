@@ -72,6 +72,8 @@ class SparsityConfig(Frozen):
             of blocks kept in both branches (shorthand for `attention` and `mlp`).
         labelled: `energy`, `random`: `always` keeps blocks that hold labels first, `ranked` lets them compete (by
             energy, or in the draw).
+        keep_sink: `energy`: keep each document's first block too: the gradient of an attention sink's row is faint at
+            a layer's output and large in the weights (docs/decisions/0006).
         kv_grad: `all`: gradients through keys and values reach every token. `kept`: only kept tokens.
             Default: `all`, but `kept` for `segments`.
         segments: the `segments` policy's numbers.
@@ -88,6 +90,7 @@ class SparsityConfig(Frozen):
     fidelity: Share = 0.98
     keep: Share | None = None
     labelled: Literal["always", "ranked"] = "always"
+    keep_sink: bool = True
     kv_grad: Literal["all", "kept"] | None = None
     segments: Segments = Segments()
     attention: BranchSelection | None = None

@@ -17,6 +17,7 @@ from tiny import BLOCK, CASES, FAMILIES, Batch, add_lora, build, make_batch
 
 RULES: dict[str, dict[str, Any]] = {
     "half": {"fidelity": 0.5},
+    "no-sink": {"fidelity": 0.5, "keep_sink": False},
     "most-kept": {"fidelity": 0.9, "kv_grad": "kept"},
     "capped": {"fidelity": 0.95, "keep": 0.5},
     "ranked": {"fidelity": 0.7, "keep": 0.6, "labelled": "ranked"},
@@ -29,7 +30,8 @@ RULE_CASES = [
 
 def hook_reference(model: nn.Module, batch: Batch, rule: dict[str, Any], **call: Any) -> tuple[Tensor, list[set[int]]]:
     """The reference for one rule; gradients stay in `.grad`."""
-    energy = EnergyRule(**{k: v for k, v in rule.items() if k in ("fidelity", "keep", "labelled", "block_size")})
+    known = ("fidelity", "keep", "labelled", "block_size", "keep_sink")
+    energy = EnergyRule(**{k: v for k, v in rule.items() if k in known})
     return backward_reference(
         model, batch, lambda i, g: energy_rows(g, batch, energy), kv_grad=rule.get("kv_grad", "all"), **call
     )

@@ -75,14 +75,16 @@ def _gradient_of_blocks(batch: Batch, energies: list[float], block_size: int) ->
 @pytest.mark.parametrize(
     ("rule", "blocks"),
     [
-        (
-            EnergyRule(fidelity=0.5),
-            {5, 6, 7},
-        ),  # rows 34..41 predict labels: blocks 5 and 6 (0.2), then 7 (0.4)
+        # rows 34..41 predict labels: blocks 5 and 6 (0.2), then the sink (0.05), then 7 (0.4)
+        (EnergyRule(fidelity=0.5), {0, 5, 6, 7}),
+        (EnergyRule(fidelity=0.5, keep_sink=False), {5, 6, 7}),
         (EnergyRule(fidelity=1.0), {0, 1, 2, 5, 6, 7}),
-        (EnergyRule(fidelity=0.5, labelled="ranked"), {1, 7}),
-        (EnergyRule(fidelity=0.99, keep=0.3, labelled="ranked"), {1, 2, 7}),
-        (EnergyRule(fidelity=0.99, keep=0.3), {5, 6, 7}),
+        (EnergyRule(fidelity=1.0, keep_sink=False), {0, 1, 2, 5, 6, 7}),
+        (EnergyRule(fidelity=0.5, labelled="ranked"), {0, 1, 7}),
+        (EnergyRule(fidelity=0.99, keep=0.3, labelled="ranked"), {0, 1, 7}),
+        (EnergyRule(fidelity=0.99, keep=0.1, labelled="ranked"), {7}),  # one block may stay: the sink isn't it
+        (EnergyRule(fidelity=0.99, keep=0.3), {0, 5, 6}),
+        (EnergyRule(fidelity=0.99, keep=0.25), {5, 6}),
     ],
 )
 def test_energy_rule_by_hand(rule: EnergyRule, blocks: set[int]) -> None:

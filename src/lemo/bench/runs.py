@@ -86,7 +86,7 @@ def sparsity_of(method: MethodConfig, kind: str) -> SparsityConfig:
     if method.sparsity is not None:
         return method.sparsity
     if method.method == "labels-only":
-        return SparsityConfig(fidelity=_LABELS_ONLY, kv_grad="kept")
+        return SparsityConfig(fidelity=_LABELS_ONLY, keep_sink=False, kv_grad="kept")
     if method.method == "random-blocks":
         labelled: Any = "ranked" if kind in ("lm", "extension") else "always"
         return SparsityConfig(policy="random", keep=method.keep, labelled=labelled)

@@ -96,13 +96,15 @@ class Runtime:
             if state.labelled is None:
                 # The first layer to run backward is the last: only rows that enter the loss have a gradient there.
                 state.labelled = energy != 0
+            drawn = self.config.policy == "random"
             plan = select_by_energy(
                 energy,
                 state.layout,
                 self.config.fidelity,
                 self.config.keep,
                 state.labelled if self.config.labelled == "always" else None,
-                self._draw(energy) if self.config.policy == "random" else None,
+                priority=self._draw(energy) if drawn else None,
+                sink=self.config.keep_sink and not drawn,
             )
         self.record(layer, plan, plan)
         return plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lemo.selection.ranking import block_cap, order_in_documents, plan_from_blocks, under_cap
+from lemo.selection.ranking import block_cap, most_blocks, order_in_documents, plan_from_blocks
 from lemo.types import SequenceLayout, TokenPlan
 
 
@@ -32,6 +32,7 @@ def select_by_energy(
     keep: float | None,
     labelled: Tensor | None,
     priority: Tensor | None = None,
+    sink: bool = False,
 ) -> TokenPlan:
     """The plan of one layer: labelled blocks first, then blocks by energy until `fidelity` is reached.
 
@@ -42,6 +43,9 @@ def select_by_energy(
         labelled: bool [blocks], blocks that are kept first; None lets every block compete.
         priority: [blocks], what blocks are ordered by in energy's place, up to `keep`; `fidelity` is then ignored, and
             blocks without energy are kept too. The plan's fidelity is that of the energy all the same.
+        sink: keep each document's first block too, wherever it has a gradient and the cap leaves another one: where an
+            MLP writes an attention sink's massive activation, most of the gradient of its weights comes from that
+            row, however faint the gradient at the layer's output is there (docs/decisions/0006).
 
     Raises:
         ValueError: labelled blocks alone exceed `keep`.
@@ -56,7 +60,14 @@ def select_by_energy(
     measured = (total > 0) & total.isfinite()
     share = torch.where(measured[document], energy / total[document], 0.0)
 
-    order, rank = order_in_documents(energy if priority is None else priority, layout, ahead=labelled)
+    first = torch.zeros_like(labelled)
+    cap = None if keep is None else most_blocks(layout, keep)
+    if sink:
+        first[layout.first_block] = energy[layout.first_block] > 0
+        if cap is not None:
+            first[layout.first_block] &= cap > 1
+    ahead = 2 * labelled.to(torch.int8) + first
+    order, rank = order_in_documents(energy if priority is None else priority, layout, ahead)
     sorted_document, sorted_share = document[order], share[order]
     before = sorted_share.cumsum(0) - sorted_share
     before = before - before[layout.first_block][sorted_document]
@@ -65,11 +76,11 @@ def select_by_energy(
     wanted = energy[order] > 0 if priority is None else torch.ones_like(labelled)
     if fidelity < 1.0 and priority is None:
         wanted &= before < fidelity
-    wanted |= labelled[order]
+    wanted |= ahead[order] > 0
     # Inf and NaN must travel to the optimizer's (or the grad scaler's) check as in the dense model.
     wanted |= ~total.isfinite()[sorted_document]
-    if keep is not None:
-        wanted &= under_cap(rank, sorted_document, layout, keep)
+    if cap is not None:
+        wanted &= rank < cap[sorted_document]
 
     kept = torch.zeros_like(labelled)
     kept[order] = wanted

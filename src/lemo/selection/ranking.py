@@ -14,18 +14,23 @@ def block_cap(layout: SequenceLayout, keep: float) -> tuple[int, ...]:
     return tuple(max(1, -int(-(keep * blocks - 1e-9) // 1)) for blocks in layout.blocks_per_document)
 
 
-def under_cap(rank: Tensor, document: Tensor, layout: SequenceLayout, keep: float) -> Tensor:
-    """Which ranks (from 0) inside their documents `block_cap` allows, without a transfer; bool, as `rank`."""
+def most_blocks(layout: SequenceLayout, keep: float) -> Tensor:
+    """`block_cap` without a transfer, fp64 [documents] on the layout's device."""
     blocks = torch.diff(layout.first_block, append=layout.first_block.new_full((1,), layout.block_tokens.numel()))
-    return rank < torch.ceil(keep * blocks.double() - 1e-9).clamp(min=1)[document]
+    return torch.ceil(keep * blocks.double() - 1e-9).clamp(min=1)
+
+
+def under_cap(rank: Tensor, document: Tensor, layout: SequenceLayout, keep: float) -> Tensor:
+    """Which ranks (from 0) inside their documents `keep` allows; bool, as `rank`."""
+    return rank < most_blocks(layout, keep)[document]
 
 
 def order_in_documents(score: Tensor, layout: SequenceLayout, ahead: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks sorted by document, then those marked `ahead`, then descending score.
+    """Blocks sorted by document, then descending `ahead`, then descending score.
 
     Args:
         score: [blocks].
-        ahead: bool [blocks], blocks that go before all others of their document.
+        ahead: bool or int [blocks], blocks with more go before all others of their document.
 
     Returns:
         order: int64 [blocks], block indices; ties keep the order of position.
