@@ -126,12 +126,14 @@ def backward_reference(
     choose: Callable[[int, Tensor], set[int]],
     *,
     kv_grad: str = "all",
+    share_rest: bool = False,
     loss_of: Callable[[Any], Tensor] | None = None,
     **call: Any,
 ) -> tuple[Tensor, list[set[int]]]:
     """Dense forward, then a backward whose branch gradients are cut to the rows that `choose` gives for a layer.
 
     `choose(layer, gradient_BTD)` sees the gradient at the layer's output. Gradients are left in `.grad`.
+    `share_rest`: the gradients of a document's other rows go to the kept ones in equal parts.
     Returns the loss and each layer's rows. The residual's gradient is never touched.
     """
     layers = layers_of(model)
@@ -149,9 +151,26 @@ def backward_reference(
 
         tensor.register_hook(on_gradient)
 
+    def cut_and_share(tensor: Tensor, layer: int) -> None:
+        def on_gradient(gradient: Tensor) -> Tensor:
+            by_row = gradient.reshape(batch.rows, -1)
+            entering = torch.zeros_like(by_row)
+            for document in batch.documents:
+                kept = [row for row in document if row in rows[layer]]
+                rest = [row for row in document if row not in rows[layer]]
+                for row in kept:
+                    entering[row] = by_row[row] + by_row[rest].sum(0) / len(kept)
+            return entering.view_as(gradient)
+
+        tensor.register_hook(on_gradient)
+
     handles = explicit_masks(model, batch)
     for i, layer in enumerate(layers):
         cut_here = [layer.self_attn, mlp_output_module(layer)]
+        if share_rest:
+            for module in cut_here:
+                handles.append(module.register_forward_hook(lambda m, a, out, i=i: cut_and_share(tensor_of(out), i)))
+            cut_here = []
         if kv_grad == "kept":
             # Keys are what enters attention: after their norm, where the model has one.
             cut_here += [getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj), layer.self_attn.v_proj]

@@ -74,6 +74,8 @@ class SparsityConfig(Frozen):
             energy, or in the draw).
         keep_sink: `energy`: keep each document's first block too: the gradient of an attention sink's row is faint at
             a layer's output and large in the weights (docs/decisions/0006).
+        share_rest: `energy`: the kept blocks' rows take over the gradients of those left out, in equal parts, as they
+            enter the branches: the sum over a document is then the dense one.
         kv_grad: `all`: gradients through keys and values reach every token. `kept`: only kept tokens.
             Default: `all`, but `kept` for `segments`.
         segments: the `segments` policy's numbers.
@@ -91,6 +93,7 @@ class SparsityConfig(Frozen):
     keep: Share | None = None
     labelled: Literal["always", "ranked"] = "always"
     keep_sink: bool = True
+    share_rest: bool = False
     kv_grad: Literal["all", "kept"] | None = None
     segments: Segments = Segments()
     attention: BranchSelection | None = None
@@ -110,6 +113,8 @@ class SparsityConfig(Frozen):
                 raise ValueError("score causal needs thresholds: a keep (top-k) looks ahead by itself")
         elif self.attention is not None or self.mlp is not None:
             raise ValueError(f"attention and mlp belong to mode forward, not {self.mode}")
+        if self.share_rest and (self.mode, self.policy) != ("backward", "energy"):
+            raise ValueError("share_rest belongs to mode backward with policy energy")
         if self.policy == "segments" and self.keep is not None:
             raise ValueError("policy segments sets its share by segments.drawn / segments.spans; leave keep out")
         if self.policy == "random" and self.keep is None:

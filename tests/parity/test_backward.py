@@ -18,13 +18,17 @@ from tiny import BLOCK, CASES, FAMILIES, Batch, add_lora, build, make_batch
 RULES: dict[str, dict[str, Any]] = {
     "half": {"fidelity": 0.5},
     "no-sink": {"fidelity": 0.5, "keep_sink": False},
+    "shared": {"fidelity": 0.5, "share_rest": True},
     "most-kept": {"fidelity": 0.9, "kv_grad": "kept"},
     "capped": {"fidelity": 0.95, "keep": 0.5},
     "ranked": {"fidelity": 0.7, "keep": 0.6, "labelled": "ranked"},
 }
 # the choice of blocks doesn't depend on the architecture: every rule on three, both kinds of K/V gradient on all
 RULE_CASES = [
-    (f, n, r) for f, n in CASES for r in RULES if r in ("half", "most-kept") or f in ("llama", "opt", "opt-350m")
+    (f, n, r)
+    for f, n in CASES
+    for r in RULES
+    if r in ("half", "shared", "most-kept") or f in ("llama", "opt", "opt-350m")
 ]
 
 
@@ -33,7 +37,12 @@ def hook_reference(model: nn.Module, batch: Batch, rule: dict[str, Any], **call:
     known = ("fidelity", "keep", "labelled", "block_size", "keep_sink")
     energy = EnergyRule(**{k: v for k, v in rule.items() if k in known})
     return backward_reference(
-        model, batch, lambda i, g: energy_rows(g, batch, energy), kv_grad=rule.get("kv_grad", "all"), **call
+        model,
+        batch,
+        lambda i, g: energy_rows(g, batch, energy),
+        kv_grad=rule.get("kv_grad", "all"),
+        share_rest=rule.get("share_rest", False),
+        **call,
     )
 
 
@@ -53,7 +62,7 @@ def test_gradients_equal_hooked_dense(family: str, name: str, rule: str, device:
     assert_same_gradients(got, gradients(dense))
 
 
-@pytest.mark.parametrize("rule", ["half", "most-kept"])
+@pytest.mark.parametrize("rule", ["half", "shared", "most-kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_trained(family: str, rule: str, device: torch.device) -> None:
     dense, sparse = pair(family, device, config(**RULES[rule]), lora=False)

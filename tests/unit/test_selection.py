@@ -87,6 +87,22 @@ def test_labelled_blocks_come_first_and_keep_caps():
     assert kept_blocks(select_by_energy(energy, layout, 0.99, 0.5, None), layout) == [0, 1]
 
 
+def test_the_sink_is_kept_where_it_has_a_gradient_and_the_cap_leaves_another_block():
+    layout = build_layout(2, 16, 4, CPU)
+    energy = torch.tensor([1.0, 9.0, 2.0, 4.0, 0.0, 9.0, 2.0, 4.0]).double()
+    labelled = torch.tensor([False, False, False, True] * 2)
+
+    def kept(fidelity, keep, labelled=labelled):
+        plan = select_by_energy(energy, layout, fidelity, keep, labelled, sink=True)
+        return kept_blocks(plan, layout), plan.fidelity
+
+    assert kept(0.2, None) == ([0, 3, 7], pytest.approx((5 / 16 + 4 / 15) / 2))
+    assert kept(0.5, None, None) == ([0, 1, 5], pytest.approx((10 / 16 + 9 / 15) / 2))
+    assert kept(0.99, 0.5)[0] == [0, 3, 5, 7]
+    assert kept(0.99, 0.25, None)[0] == [1, 5]
+    assert kept(0.99, 0.25)[0] == [3, 7]
+
+
 def test_labels_over_keep_are_refused_with_the_remedy():
     layout = build_layout(1, 16, 4, CPU)
     with pytest.raises(ValueError, match="policy='segments'"):

@@ -188,6 +188,7 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
         attend=lambda x: view.attention(x, **kwargs),
         rotary=_rotary(kwargs, state),
         kv_all=state.dense or runtime.config.kv_gradient == "all",
+        share_rest=runtime.config.share_rest,
         tile_bytes=int(runtime.config.tile_mib * 2**20),
         seed=_dropout_seed(view),
     )

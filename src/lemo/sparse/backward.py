@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class BackwardCall:
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
         rotary: (cos, sin), each [B·T, d], or None.
         kv_all: whether gradients of keys and values reach every row.
+        share_rest: whether kept rows take over the gradients of the rows left out.
         tile_bytes: budget of one MLP row tile, 0 for no tiling.
         seed: of the dropout masks, None without dropout.
     """
@@ -50,6 +52,7 @@ class BackwardCall:
     attend: Callable[[Tensor], Tensor]
     rotary: Rotary
     kv_all: bool
+    share_rest: bool
     tile_bytes: int
     seed: int | None
     parameters: tuple[torch.nn.Parameter, ...] = ()
@@ -192,12 +195,12 @@ def _backward_pre_norm(
     residual, attention = _attention_branch(hidden, plan, call, dropout)
     mid = residual + attention
     with on_rows(dropout, plan.rows):
-        out = mid + call.view.mlp(call.view.mlp_norm(mid))
-    grad_hidden, grads = _grad(out, hidden, call, grad[plan.rows])
+        branch = call.view.mlp(call.view.mlp_norm(mid))
+    entering = _entering(grad, plan, call)
+    grad_hidden, grads = _grad((attention, branch), hidden, call, (entering, entering))
     if grad_hidden is not None:
-        # Rows left out pass their gradient along the residual stream; kept rows' is already in grad_hidden.
-        passed = grad.to(grad_hidden.dtype).index_fill(0, plan.rows, 0.0)
-        grad_hidden += passed
+        # Along the residual stream every row passes its own gradient, kept or not.
+        grad_hidden += grad.to(grad_hidden.dtype)
     return grad_hidden, grads
 
 
@@ -212,7 +215,7 @@ def _backward_post_norm(
     """Norms on the residual path are never masked, so they run backward over all rows, the branches over the kept."""
     view, rows = call.view, plan.rows
     sum_attention, sum_mlp = (s.reshape(hidden.shape).detach().requires_grad_() for s in sums)
-    grad_mid, norm_grads = _grad(view.mlp_norm(sum_mlp), sum_mlp, call, grad)
+    grad_mid, norm_grads = _grad((view.mlp_norm(sum_mlp),), sum_mlp, call, (grad,))
     assert grad_mid is not None
     mid = view.attention_norm(sum_attention)
     # Forward order fixes the dropout sites: attention first, then the MLP.
@@ -221,32 +224,49 @@ def _backward_post_norm(
         kept_mid = mid[rows].detach().requires_grad_()
         with on_rows(dropout, rows):
             branch = view.mlp(kept_mid)
-        grad_kept, mlp_grads = _grad(branch, kept_mid, call, grad_mid[rows])
+        grad_kept, mlp_grads = _grad((branch,), kept_mid, call, (_entering(grad_mid, plan, call),))
         assert grad_kept is not None
         grad_mid = grad_mid.index_add(0, rows, grad_kept.to(grad_mid.dtype))
         norm_grads = _sum_grads(norm_grads, mlp_grads)
-    grad_sum, more = _grad(mid, sum_attention, call, grad_mid)
+    grad_sum, more = _grad((mid,), sum_attention, call, (grad_mid,))
     assert grad_sum is not None
     grads = _sum_grads(norm_grads, more)
     grad_hidden = grad_sum if hidden.requires_grad else None
     if attention is not None:
-        through_attention, more = _grad(attention, hidden, call, grad_sum[rows])
+        through_attention, more = _grad((attention,), hidden, call, (_entering(grad_sum, plan, call),))
         grads = _sum_grads(grads, more)
         if grad_hidden is not None and through_attention is not None:
             grad_hidden = grad_hidden + through_attention
     return grad_hidden, grads
 
 
+def _entering(grad_ND: Tensor, plan: TokenPlan, call: BackwardCall) -> Tensor:
+    """The gradient that enters a branch from its kept rows, [kept, D].
+
+    With `share_rest` each document's kept rows take over the gradients of those left out, in equal parts: the sum over
+    the document stays the dense one.
+    """
+    kept = grad_ND[plan.rows]
+    if not call.share_rest:
+        return kept
+    parts = list(kept.split([end - start for start, end in pairwise(plan.cu_seqlens)]))
+    for i, (start, end) in enumerate(call.layout.documents):
+        if 0 < parts[i].shape[0] < end - start:
+            rest = grad_ND[start:end].sum(0, dtype=torch.float32) - parts[i].sum(0, dtype=torch.float32)
+            parts[i] = parts[i] + (rest / parts[i].shape[0]).to(kept.dtype)
+    return torch.cat(parts)
+
+
 def _grad(
-    output: Tensor, leaf: Tensor, call: BackwardCall, grad_output: Tensor
+    outputs: tuple[Tensor, ...], leaf: Tensor, call: BackwardCall, grad_outputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of `output` with respect to `leaf` (None if it needs none) and the layer's parameters."""
+    """Gradients of `outputs` with respect to `leaf` (None if it needs none) and the layer's parameters."""
     inputs = [*([leaf] if leaf.requires_grad else []), *call.parameters]
-    if not inputs or not output.requires_grad:
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
+    if not inputs or not pairs:
         return None, [None] * len(call.parameters)
-    grads: list[Tensor | None] = list(
-        torch.autograd.grad(output, inputs, grad_output.to(output.dtype), allow_unused=True)
-    )
+    found, entering = zip(*pairs, strict=True)
+    grads: list[Tensor | None] = list(torch.autograd.grad(found, inputs, entering, allow_unused=True))
     first = grads.pop(0) if leaf.requires_grad else None
     return first, grads
 
