@@ -166,16 +166,14 @@ def backward_reference(
 
     handles = explicit_masks(model, batch)
     for i, layer in enumerate(layers):
-        cut_here = [layer.self_attn, mlp_output_module(layer)]
-        if share_rest:
-            for module in cut_here:
-                handles.append(module.register_forward_hook(lambda m, a, out, i=i: cut_and_share(tensor_of(out), i)))
-            cut_here = []
+        on_branch = cut_and_share if share_rest else cut
+        cuts = [(layer.self_attn, on_branch), (mlp_output_module(layer), on_branch)]
         if kv_grad == "kept":
             # Keys are what enters attention: after their norm, where the model has one.
-            cut_here += [getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj), layer.self_attn.v_proj]
-        for module in cut_here:
-            handles.append(module.register_forward_hook(lambda m, a, out, i=i: cut(tensor_of(out), i)))
+            keys = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
+            cuts += [(keys, cut), (layer.self_attn.v_proj, cut)]
+        for module, how in cuts:
+            handles.append(module.register_forward_hook(lambda m, a, out, i=i, how=how: how(tensor_of(out), i)))
         handles.append(layer.register_forward_hook(lambda m, a, out, i=i: plan(tensor_of(out), i)))
     with hooks(handles):
         output = model(**batch.inputs(), **call)

@@ -114,6 +114,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("sparsity: {mode: forward}", r"run\.yaml: sparsity: mode forward needs keep"),
         ("sparsity: {policy: random}", r"sparsity: policy random needs keep, the share"),
         ("sparsity: {policy: random, mode: dense, keep: 0.5}", r"policy random belongs to mode backward, not dense"),
+        ("sparsity: {policy: segments, share_rest: true}", r"share_rest belongs to mode backward with policy energy"),
         ("model: {rope_scaling: {rope_type: yarn, factor: 1}}", r"rope_scaling\.factor = 1: must be greater than 1"),
         ("model: {rope_scaling: {rope_type: dynamic, factor: 2}}", r"'dynamic': must be one of linear or yarn"),
         ("model: {rope_scaling: {rope_type: yarn, factr: 2}}", r"did you mean model\.rope_scaling\.factor\?"),

@@ -60,13 +60,13 @@ def select_by_energy(
     measured = (total > 0) & total.isfinite()
     share = torch.where(measured[document], energy / total[document], 0.0)
 
-    first = torch.zeros_like(labelled)
     cap = None if keep is None else most_blocks(layout, keep)
+    ahead = 2 * labelled.to(torch.int8)
     if sink:
-        first[layout.first_block] = energy[layout.first_block] > 0
+        takes_part = energy[layout.first_block] > 0
         if cap is not None:
-            first[layout.first_block] &= cap > 1
-    ahead = 2 * labelled.to(torch.int8) + first
+            takes_part &= cap > 1
+        ahead[layout.first_block] += takes_part
     order, rank = order_in_documents(energy if priority is None else priority, layout, ahead)
     sorted_document, sorted_share = document[order], share[order]
     before = sorted_share.cumsum(0) - sorted_share

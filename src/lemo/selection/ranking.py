@@ -20,11 +20,6 @@ def most_blocks(layout: SequenceLayout, keep: float) -> Tensor:
     return torch.ceil(keep * blocks.double() - 1e-9).clamp(min=1)
 
 
-def under_cap(rank: Tensor, document: Tensor, layout: SequenceLayout, keep: float) -> Tensor:
-    """Which ranks (from 0) inside their documents `keep` allows; bool, as `rank`."""
-    return rank < most_blocks(layout, keep)[document]
-
-
 def order_in_documents(score: Tensor, layout: SequenceLayout, ahead: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks sorted by document, then descending `ahead`, then descending score.
 

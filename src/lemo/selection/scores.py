@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lemo.config import BranchSelection
-from lemo.selection.ranking import order_in_documents, plan_from_blocks, under_cap
+from lemo.selection.ranking import most_blocks, order_in_documents, plan_from_blocks
 from lemo.types import SequenceLayout, TokenPlan
 
 _SCORES_AT_ONCE = 2**26
@@ -95,7 +95,7 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
     assert selection.keep is not None
     order, rank = order_in_documents(score, layout, ahead=edge)
     kept = edge.clone()
-    kept[order] |= under_cap(rank, layout.document_of_block[order], layout, _at(selection.keep, layer))
+    kept[order] |= rank < most_blocks(layout, _at(selection.keep, layer))[layout.document_of_block[order]]
     return plan_from_blocks(kept, layout)
 
 
