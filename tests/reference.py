@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden. A row is an index into the flattened B·T t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,13 +55,13 @@ def energy_rows(gradient_BTD: Tensor, batch: Batch, rule: EnergyRule) -> set[int
             raise ValueError("labelled blocks alone exceed keep: use segments")
         if rule.keep_sink and 0 not in chosen and energies[0] > 0.0 and cap > max(1, len(chosen)):
             chosen.append(0)
-        for i in order:
-            if i in chosen or energies[i] == 0.0 or len(chosen) >= cap:
-                continue
-            held = sum(energies[j] for j in chosen)
-            if rule.fidelity < 1.0 and held >= rule.fidelity * sum(energies):
+        competing = [i for i in order if i not in chosen and energies[i] > 0.0]
+        wanted, held = rule.fidelity * sum(energies[i] for i in competing), 0.0
+        for i in competing:
+            if len(chosen) >= cap or (rule.fidelity < 1.0 and held >= wanted):
                 break
             chosen.append(i)
+            held += energies[i]
         kept.update(row for i in chosen for row in blocks[i])
     return kept
 
@@ -126,14 +127,14 @@ def backward_reference(
     choose: Callable[[int, Tensor], set[int]],
     *,
     kv_grad: str = "all",
-    share_rest: bool = False,
+    compensate: bool = False,
     loss_of: Callable[[Any], Tensor] | None = None,
     **call: Any,
 ) -> tuple[Tensor, list[set[int]]]:
     """Dense forward, then a backward whose branch gradients are cut to the rows that `choose` gives for a layer.
 
     `choose(layer, gradient_BTD)` sees the gradient at the layer's output. Gradients are left in `.grad`.
-    `share_rest`: the gradients of a document's other rows go to the kept ones in equal parts.
+    `compensate`: kept rows stand in for a document's others (`entering_with_shares`, `with_fitted_rest`).
     Returns the loss and each layer's rows. The residual's gradient is never touched.
     """
     layers = layers_of(model)
@@ -151,23 +152,44 @@ def backward_reference(
 
         tensor.register_hook(on_gradient)
 
-    def cut_and_share(tensor: Tensor, layer: int) -> None:
+    outer: dict[tuple[int, str], Tensor] = {}  # gradient at a residual sum, every row's
+
+    def cut_and_share(tensor: Tensor, layer: int, branch: str) -> None:
         def on_gradient(gradient: Tensor) -> Tensor:
-            by_row = gradient.reshape(batch.rows, -1)
-            entering = torch.zeros_like(by_row)
-            for document in batch.documents:
-                kept = [row for row in document if row in rows[layer]]
-                rest = [row for row in document if row not in rows[layer]]
-                for row in kept:
-                    entering[row] = by_row[row] + by_row[rest].sum(0) / len(kept)
-            return entering.view_as(gradient)
+            outer[layer, branch] = gradient.reshape(batch.rows, -1)
+            return entering_with_shares(outer[layer, branch], rows[layer], batch).view_as(gradient)
 
         tensor.register_hook(on_gradient)
 
+    def fit_rest(tensor: Tensor, layer: int, branch: str) -> None:
+        def on_gradient(gradient: Tensor) -> Tensor:
+            at_sum = outer[layer, branch]
+            return with_fitted_rest(gradient.reshape(batch.rows, -1), at_sum, rows[layer], batch).view_as(gradient)
+
+        if tensor.requires_grad:
+            tensor.register_hook(on_gradient)
+
+    def fit_at_input(module: nn.Module, args: tuple, kwargs: dict, layer: int, branch: str) -> tuple[tuple, dict]:
+        # A tensor of its own: the one given carries the hook of the layer below, which must see the finished gradient.
+        own = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]) * 1
+        fit_rest(own, layer, branch)
+        return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
+
     handles = explicit_masks(model, batch)
     for i, layer in enumerate(layers):
-        on_branch = cut_and_share if share_rest else cut
-        cuts = [(layer.self_attn, on_branch), (mlp_output_module(layer), on_branch)]
+        cuts = [(layer.self_attn, cut), (mlp_output_module(layer), cut)]
+        if compensate:
+            post_norm = getattr(layer, "do_layer_norm_before", True) is False
+            cuts = [
+                (layer.self_attn, lambda tensor, i: cut_and_share(tensor, i, "attention")),
+                (mlp_output_module(layer), lambda tensor, i: cut_and_share(tensor, i, "mlp")),
+            ]
+            if post_norm:
+                cuts.append((layer.self_attn_layer_norm, lambda tensor, i: fit_rest(tensor, i, "mlp")))
+            # With norms inside the branches, both start at the layer's input: one number for the two together, from
+            # the gradient at the layer's output, which is what the MLP's branch sees.
+            at_input = functools.partial(fit_at_input, layer=i, branch="attention" if post_norm else "mlp")
+            handles.append(layer.register_forward_pre_hook(at_input, with_kwargs=True))
         if kv_grad == "kept":
             # Keys are what enters attention: after their norm, where the model has one.
             keys = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
@@ -180,6 +202,37 @@ def backward_reference(
         loss = output.loss if loss_of is None else loss_of(output)
     loss.backward()
     return loss.detach(), rows
+
+
+def entering_with_shares(gradient_ND: Tensor, rows: set[int], batch: Batch) -> Tensor:
+    """What enters a branch: zero outside `rows`, and a document's other rows' sum in equal parts on its rows but the
+    first."""
+    entering = gradient_ND * row_mask(rows, batch, gradient_ND.dtype)[:, None]
+    for document in batch.documents:
+        rest = [row for row in document if row not in rows]
+        takers = [row for row in document[1:] if row in rows]
+        for row in takers:
+            entering[row] += gradient_ND[rest].sum(0) / len(takers)
+    return entering
+
+
+def with_fitted_rest(total_ND: Tensor, at_sum_ND: Tensor, rows: set[int], batch: Batch) -> Tensor:
+    """The gradient at a branch's input, `total`, where the rows left out got only what passed along the residual.
+
+    a: least squares of what the branch returned against what entered it, over a document's kept rows, between -1 and 1.
+    The others get a times their gradient, and what shares brought is lowered by a times the share.
+    """
+    result = total_ND.clone()
+    entering = entering_with_shares(at_sum_ND, rows, batch)
+    for document in batch.documents:
+        kept = [row for row in document if row in rows]
+        rest = [row for row in document if row not in rows]
+        if kept and rest:
+            e, returned = entering[kept].double(), (total_ND - at_sum_ND)[kept].double()
+            a = min(1.0, max(-1.0, float((e * returned).sum() / (e * e).sum())))
+            result[rest] += (a * at_sum_ND[rest]).to(result.dtype)
+            result[kept] -= (a * (entering - at_sum_ND)[kept]).to(result.dtype)
+    return result
 
 
 def segment_loss(

@@ -1,6 +1,6 @@
 """Configuration of what is left out, frozen and validated. Imports no torch, so that mistakes are found at once.
 
-A block is `block_size` consecutive tokens of one document, counted from the document's first real token.
+A block is some consecutive tokens of one document, counted from the document's first real token.
 Two ways of leaving blocks out (DESIGN section 1): `backward` leaves the forward pass, and so the loss, exact and
 back-propagates only the kept blocks; `forward` (the paper's) leaves blocks out of a branch altogether.
 """
@@ -62,20 +62,22 @@ class SparsityConfig(Frozen):
     Args:
         mode: `backward` (default): the loss is exact, only kept blocks are recomputed and back-propagated.
             `forward`: the paper's token elimination; lossy. `dense`: nothing is left out, only the loss is segmented.
-        block_size: tokens per block.
+        block_size: tokens per block. Default: 1 for `energy`, which then chooses single tokens (the same fidelity with
+            fewest of them, docs/decisions/0007), else 64.
         policy: how `backward` chooses: `energy` (by gradient energy, for data with a prompt), `segments` (random
             contiguous spans, for data where every token has a label), or `random` (a baseline of `energy`: as many
             blocks as `keep` allows, drawn anew for each layer and step; `fidelity` isn't used, but measured).
         fidelity: `energy`: share of the squared gradient norm at each layer's output that the kept blocks must hold,
-            reached per document, in (0, 1]. 1 keeps every block with a nonzero gradient.
+            of what all that compete hold (not the labelled blocks and the sink, which are kept anyway), reached per
+            document, in [0, 1]. 1 keeps every block with a nonzero gradient, 0 the labelled ones alone.
         keep: `energy`: cap on the share of each document's blocks that is kept. `random`: that share. `forward`: share
             of blocks kept in both branches (shorthand for `attention` and `mlp`).
         labelled: `energy`, `random`: `always` keeps blocks that hold labels first, `ranked` lets them compete (by
             energy, or in the draw).
         keep_sink: `energy`: keep each document's first block too: the gradient of an attention sink's row is faint at
             a layer's output and large in the weights (docs/decisions/0006).
-        share_rest: `energy`: the kept blocks' rows take over the gradients of those left out, in equal parts, as they
-            enter the branches: the sum over a document is then the dense one.
+        compensate: `energy`: estimate from the kept tokens what the branches would have passed back at those left out
+            (docs/decisions/0007), instead of nothing.
         kv_grad: `all`: gradients through keys and values reach every token. `kept`: only kept tokens.
             Default: `all`, but `kept` for `segments`.
         segments: the `segments` policy's numbers.
@@ -87,13 +89,13 @@ class SparsityConfig(Frozen):
     """
 
     mode: Literal["backward", "forward", "dense"] = "backward"
-    block_size: int = Field(default=64, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
     policy: Literal["energy", "segments", "random"] = "energy"
-    fidelity: Share = 0.98
+    fidelity: float = Field(default=0.98, ge=0.0, le=1.0)
     keep: Share | None = None
     labelled: Literal["always", "ranked"] = "always"
     keep_sink: bool = True
-    share_rest: bool = False
+    compensate: bool = True
     kv_grad: Literal["all", "kept"] | None = None
     segments: Segments = Segments()
     attention: BranchSelection | None = None
@@ -113,8 +115,8 @@ class SparsityConfig(Frozen):
                 raise ValueError("score causal needs thresholds: a keep (top-k) looks ahead by itself")
         elif self.attention is not None or self.mlp is not None:
             raise ValueError(f"attention and mlp belong to mode forward, not {self.mode}")
-        if self.share_rest and (self.mode, self.policy) != ("backward", "energy"):
-            raise ValueError("share_rest belongs to mode backward with policy energy")
+        if self.fidelity == 0.0 and self.labelled == "ranked":
+            raise ValueError("fidelity 0 keeps labelled blocks alone, so labelled can't be ranked")
         if self.policy == "segments" and self.keep is not None:
             raise ValueError("policy segments sets its share by segments.drawn / segments.spans; leave keep out")
         if self.policy == "random" and self.keep is None:
@@ -122,6 +124,16 @@ class SparsityConfig(Frozen):
         if self.policy != "energy" and self.mode != "backward":
             raise ValueError(f"policy {self.policy} belongs to mode backward, not {self.mode}")
         return self
+
+    @property
+    def tokens_per_block(self) -> int:
+        """`block_size` with its default filled in."""
+        return self.block_size or (1 if self.by_energy else 64)
+
+    @property
+    def by_energy(self) -> bool:
+        """Whether blocks are chosen by gradient energy."""
+        return (self.mode, self.policy) == ("backward", "energy")
 
     @property
     def kv_gradient(self) -> Literal["all", "kept"]:

@@ -16,10 +16,10 @@ from reference import EnergyRule, assert_same_gradients, backward_reference, ene
 from tiny import BLOCK, CASES, FAMILIES, Batch, add_lora, build, make_batch
 
 RULES: dict[str, dict[str, Any]] = {
-    "half": {"fidelity": 0.5},
-    "no-sink": {"fidelity": 0.5, "keep_sink": False},
-    "shared": {"fidelity": 0.5, "share_rest": True},
-    "most-kept": {"fidelity": 0.9, "kv_grad": "kept"},
+    "half": {"fidelity": 0.4, "block_size": 2},
+    "no-sink": {"fidelity": 0.2, "keep_sink": False},
+    "uncompensated": {"fidelity": 0.4, "block_size": 2, "compensate": False},
+    "most-kept": {"fidelity": 0.8, "block_size": 1, "kv_grad": "kept"},
     "capped": {"fidelity": 0.95, "keep": 0.5},
     "ranked": {"fidelity": 0.7, "keep": 0.6, "labelled": "ranked"},
 }
@@ -28,7 +28,7 @@ RULE_CASES = [
     (f, n, r)
     for f, n in CASES
     for r in RULES
-    if r in ("half", "shared", "most-kept") or f in ("llama", "opt", "opt-350m")
+    if r in ("half", "uncompensated", "most-kept") or f in ("llama", "opt", "opt-350m")
 ]
 
 
@@ -41,7 +41,7 @@ def hook_reference(model: nn.Module, batch: Batch, rule: dict[str, Any], **call:
         batch,
         lambda i, g: energy_rows(g, batch, energy),
         kv_grad=rule.get("kv_grad", "all"),
-        share_rest=rule.get("share_rest", False),
+        compensate=rule.get("compensate", True),
         **call,
     )
 
@@ -62,7 +62,7 @@ def test_gradients_equal_hooked_dense(family: str, name: str, rule: str, device:
     assert_same_gradients(got, gradients(dense))
 
 
-@pytest.mark.parametrize("rule", ["half", "shared", "most-kept"])
+@pytest.mark.parametrize("rule", ["half", "uncompensated", "most-kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_trained(family: str, rule: str, device: torch.device) -> None:
     dense, sparse = pair(family, device, config(**RULES[rule]), lora=False)

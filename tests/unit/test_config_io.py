@@ -114,7 +114,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("sparsity: {mode: forward}", r"run\.yaml: sparsity: mode forward needs keep"),
         ("sparsity: {policy: random}", r"sparsity: policy random needs keep, the share"),
         ("sparsity: {policy: random, mode: dense, keep: 0.5}", r"policy random belongs to mode backward, not dense"),
-        ("sparsity: {policy: segments, share_rest: true}", r"share_rest belongs to mode backward with policy energy"),
+        ("sparsity: {fidelity: 0, labelled: ranked}", r"fidelity 0 keeps labelled blocks alone, so labelled can't be"),
         ("model: {rope_scaling: {rope_type: yarn, factor: 1}}", r"rope_scaling\.factor = 1: must be greater than 1"),
         ("model: {rope_scaling: {rope_type: dynamic, factor: 2}}", r"'dynamic': must be one of linear or yarn"),
         ("model: {rope_scaling: {rope_type: yarn, factr: 2}}", r"did you mean model\.rope_scaling\.factor\?"),
@@ -135,8 +135,8 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
     ("override", "message"),
     [
         (
-            "sparsity.fidelity=0",
-            r"^--set sparsity\.fidelity=0: sparsity\.fidelity = 0: must be greater than 0",
+            "sparsity.fidelity=-1",
+            r"^--set sparsity\.fidelity=-1: sparsity\.fidelity = -1: must be at least 0",
         ),
         ("sparsity.keep", r"^--set sparsity\.keep: write key=value"),
         ("=3", r"^--set =3: write key=value"),

@@ -96,7 +96,9 @@ def test_the_sink_is_kept_where_it_has_a_gradient_and_the_cap_leaves_another_blo
         plan = select_by_energy(energy, layout, fidelity, keep, labelled, sink=True)
         return kept_blocks(plan, layout), plan.fidelity
 
-    assert kept(0.2, None) == ([0, 3, 7], pytest.approx((5 / 16 + 4 / 15) / 2))
+    assert kept(0.0, None) == ([0, 3, 7], pytest.approx((5 / 16 + 4 / 15) / 2))
+    assert kept(0.8, None) == ([0, 1, 3, 5, 7], pytest.approx((14 / 16 + 13 / 15) / 2))  # of 9 + 2, and of 9 + 2
+    assert kept(0.85, None)[0] == [0, 1, 2, 3, 5, 6, 7]
     assert kept(0.5, None, None) == ([0, 1, 5], pytest.approx((10 / 16 + 9 / 15) / 2))
     assert kept(0.99, 0.5)[0] == [0, 3, 5, 7]
     assert kept(0.99, 0.25, None)[0] == [1, 5]

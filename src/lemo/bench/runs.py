@@ -35,7 +35,6 @@ from lemo.training.trainer import LemoTrainer, training_arguments
 
 WARM_UP = 3
 # Reached by the labelled blocks alone, which go first.
-_LABELS_ONLY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def sparsity_of(method: MethodConfig, kind: str) -> SparsityConfig:
     if method.sparsity is not None:
         return method.sparsity
     if method.method == "labels-only":
-        return SparsityConfig(fidelity=_LABELS_ONLY, keep_sink=False, kv_grad="kept")
+        return SparsityConfig(fidelity=0.0, keep_sink=False, compensate=False, kv_grad="kept")
     if method.method == "random-blocks":
         labelled: Any = "ranked" if kind in ("lm", "extension") else "always"
         return SparsityConfig(policy="random", keep=method.keep, labelled=labelled)

@@ -94,7 +94,7 @@ class SparseDecoder:
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         B, T = tokens.shape[:2]
-        layout = build_layout(B, T, runtime.config.block_size, tokens.device, mask, positions)
+        layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
             arguments.update(past_key_values=None, use_cache=False)
             runtime.begin(layout, self.training)
@@ -188,7 +188,7 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
         attend=lambda x: view.attention(x, **kwargs),
         rotary=_rotary(kwargs, state),
         kv_all=state.dense or runtime.config.kv_gradient == "all",
-        share_rest=runtime.config.share_rest,
+        compensate=runtime.config.by_energy and runtime.config.compensate,
         tile_bytes=int(runtime.config.tile_mib * 2**20),
         seed=_dropout_seed(view),
     )

@@ -173,9 +173,11 @@ def _left_out(run: Run) -> Iterator[str]:
     yield "<h2>What took part</h2>"
     keeps = [share for step in run.steps for pair in step.keep for share in pair]
     branches = "" if run.branches_differ else " Attention and MLP keep the same blocks here."
+    tokens = run.config.sparsity.tokens_per_block
+    unit = "single tokens" if tokens == 1 else f"blocks of {tokens} tokens"
     caption = (
         f"Share of each batch's tokens that a layer kept, from {100 * min(keeps):.1f}% to {100 * max(keeps):.1f}%; "
-        f"blocks of {run.config.sparsity.block_size} tokens.{branches}"
+        f"{unit}.{branches}"
     )
     yield figure(figures.keep_by_layer(run), "Kept share of tokens by layer and step", caption)
     if run.has_fidelity:

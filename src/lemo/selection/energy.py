@@ -34,15 +34,17 @@ def select_by_energy(
     priority: Tensor | None = None,
     sink: bool = False,
 ) -> TokenPlan:
-    """The plan of one layer: labelled blocks first, then blocks by energy until `fidelity` is reached.
+    """The plan of one layer: labelled blocks and the sink, then blocks by energy until `fidelity` is reached.
 
     Args:
         energy: [blocks], from `block_energy`.
-        fidelity: share of each document's total energy to reach, in (0, 1]; 1 keeps every nonzero block.
+        fidelity: share to reach of the energy of each document's blocks that compete (those that aren't kept anyway),
+            in [0, 1]; 1 keeps every nonzero block, 0 none. So the share of all the energy is at least as high, which
+            is the plan's fidelity.
         keep: cap on the share of each document's blocks, or None.
         labelled: bool [blocks], blocks that are kept first; None lets every block compete.
         priority: [blocks], what blocks are ordered by in energy's place, up to `keep`; `fidelity` is then ignored, and
-            blocks without energy are kept too. The plan's fidelity is that of the energy all the same.
+            blocks without energy are kept too.
         sink: keep each document's first block too, wherever it has a gradient and the cap leaves another one: where an
             MLP writes an attention sink's massive activation, most of the gradient of its weights comes from that
             row, however faint the gradient at the layer's output is there (docs/decisions/0006).
@@ -55,11 +57,6 @@ def select_by_energy(
     if labelled is None:
         labelled = torch.zeros_like(energy, dtype=torch.bool)
 
-    total = energy.new_zeros(documents).index_add_(0, document, energy)
-    # As shares of the document's total, so that a faint document isn't lost in the running sum of a loud one.
-    measured = (total > 0) & total.isfinite()
-    share = torch.where(measured[document], energy / total[document], 0.0)
-
     cap = None if keep is None else most_blocks(layout, keep)
     ahead = 2 * labelled.to(torch.int8)
     if sink:
@@ -67,6 +64,13 @@ def select_by_energy(
         if cap is not None:
             takes_part &= cap > 1
         ahead[layout.first_block] += takes_part
+    total = energy.new_zeros(documents).index_add_(0, document, energy)
+    compete = torch.where(ahead == 0, energy, 0.0)
+    competing = energy.new_zeros(documents).index_add_(0, document, compete)
+    # As shares of the document's, so that a faint document isn't lost in the running sum of a loud one.
+    measured = (competing > 0) & competing.isfinite()
+    share = torch.where(measured[document], compete / competing[document], 0.0)
+
     order, rank = order_in_documents(energy if priority is None else priority, layout, ahead)
     sorted_document, sorted_share = document[order], share[order]
     before = sorted_share.cumsum(0) - sorted_share
@@ -84,14 +88,14 @@ def select_by_energy(
 
     kept = torch.zeros_like(labelled)
     kept[order] = wanted
-    held = energy.new_zeros(documents).index_add_(0, document, share * kept)
-    reached = torch.where(measured, held, 1.0)
+    held = energy.new_zeros(documents).index_add_(0, document, energy * kept)
+    reached = torch.where((total > 0) & total.isfinite(), held / total, 1.0).mean().double()
     # All that the host must know, in one transfer.
-    facts = torch.cat([kept.double(), labelled.double(), reached.mean().double()[None]]).cpu()
-    kept, labelled = facts[:-1].bool().chunk(2)
+    facts = torch.cat([kept.view(torch.uint8), labelled.view(torch.uint8), reached[None].view(torch.uint8)]).cpu()
+    kept, labelled = facts[:-8].bool().chunk(2)
     if keep is not None:
         _refuse_labels_over_cap(labelled, layout, keep)
-    return plan_from_blocks(kept, layout, fidelity=float(facts[-1]))
+    return plan_from_blocks(kept, layout, fidelity=float(facts[-8:].clone().view(torch.float64)))
 
 
 def _refuse_labels_over_cap(labelled: Tensor, layout: SequenceLayout, keep: float) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lemo.sparse.attention import attend_rows
+from lemo.sparse.compensation import Compensation
 from lemo.sparse.dropout import RowDropout, on_rows
 from lemo.sparse.view import LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
@@ -40,7 +40,7 @@ class BackwardCall:
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
         rotary: (cos, sin), each [B·T, d], or None.
         kv_all: whether gradients of keys and values reach every row.
-        share_rest: whether kept rows take over the gradients of the rows left out.
+        compensate: whether kept rows stand in for those left out (`lemo.sparse.compensation`).
         tile_bytes: budget of one MLP row tile, 0 for no tiling.
         seed: of the dropout masks, None without dropout.
     """
@@ -52,7 +52,7 @@ class BackwardCall:
     attend: Callable[[Tensor], Tensor]
     rotary: Rotary
     kv_all: bool
-    share_rest: bool
+    compensate: bool
     tile_bytes: int
     seed: int | None
     parameters: tuple[torch.nn.Parameter, ...] = ()
@@ -196,11 +196,13 @@ def _backward_pre_norm(
     mid = residual + attention
     with on_rows(dropout, plan.rows):
         branch = call.view.mlp(call.view.mlp_norm(mid))
-    entering = _entering(grad, plan, call)
-    grad_hidden, grads = _grad((attention, branch), hidden, call, (entering, entering))
+    rest = Compensation(grad, plan, call.layout, call.compensate)
+    grad_hidden, grads = _grad((attention, branch), hidden, call, (rest.entering, rest.entering))
     if grad_hidden is not None:
+        returned = grad_hidden[plan.rows]
         # Along the residual stream every row passes its own gradient, kept or not.
         grad_hidden += grad.to(grad_hidden.dtype)
+        rest.add(grad_hidden, returned)
     return grad_hidden, grads
 
 
@@ -224,37 +226,24 @@ def _backward_post_norm(
         kept_mid = mid[rows].detach().requires_grad_()
         with on_rows(dropout, rows):
             branch = view.mlp(kept_mid)
-        grad_kept, mlp_grads = _grad((branch,), kept_mid, call, (_entering(grad_mid, plan, call),))
+        rest = Compensation(grad_mid, plan, call.layout, call.compensate)
+        grad_kept, mlp_grads = _grad((branch,), kept_mid, call, (rest.entering,))
         assert grad_kept is not None
         grad_mid = grad_mid.index_add(0, rows, grad_kept.to(grad_mid.dtype))
+        rest.add(grad_mid, grad_kept)
         norm_grads = _sum_grads(norm_grads, mlp_grads)
     grad_sum, more = _grad((mid,), sum_attention, call, (grad_mid,))
     assert grad_sum is not None
     grads = _sum_grads(norm_grads, more)
     grad_hidden = grad_sum if hidden.requires_grad else None
     if attention is not None:
-        through_attention, more = _grad((attention,), hidden, call, (_entering(grad_sum, plan, call),))
+        rest = Compensation(grad_sum, plan, call.layout, call.compensate)
+        through_attention, more = _grad((attention,), hidden, call, (rest.entering,))
         grads = _sum_grads(grads, more)
         if grad_hidden is not None and through_attention is not None:
             grad_hidden = grad_hidden + through_attention
+            rest.add(grad_hidden, through_attention[rows])
     return grad_hidden, grads
-
-
-def _entering(grad_ND: Tensor, plan: TokenPlan, call: BackwardCall) -> Tensor:
-    """The gradient that enters a branch from its kept rows, [kept, D].
-
-    With `share_rest` each document's kept rows take over the gradients of those left out, in equal parts: the sum over
-    the document stays the dense one.
-    """
-    kept = grad_ND[plan.rows]
-    if not call.share_rest:
-        return kept
-    parts = list(kept.split([end - start for start, end in pairwise(plan.cu_seqlens)]))
-    for i, (start, end) in enumerate(call.layout.documents):
-        if 0 < parts[i].shape[0] < end - start:
-            rest = grad_ND[start:end].sum(0, dtype=torch.float32) - parts[i].sum(0, dtype=torch.float32)
-            parts[i] = parts[i] + (rest / parts[i].shape[0]).to(kept.dtype)
-    return torch.cat(parts)
 
 
 def _grad(

@@ -49,7 +49,7 @@ def check_labels_fit(rows: Iterable[Mapping[str, Any]], config: RunConfig) -> No
     for row in rows:
         labels = torch.as_tensor(row["labels"])
         positions = torch.as_tensor(row["position_ids"])[None] if "position_ids" in row else None
-        layout = build_layout(1, len(labels), sparsity.block_size, torch.device("cpu"), position_ids=positions)
+        layout = build_layout(1, len(labels), sparsity.tokens_per_block, torch.device("cpu"), position_ids=positions)
         # A token's hidden state predicts its successor, so the block that counts is the one before the label.
         blocks = layout.block_of_row[:-1][labels[1:] != IGNORED].unique()
         labelled = torch.bincount(layout.document_of_block[blocks], minlength=len(layout.documents)).tolist()
