@@ -13,6 +13,7 @@ from lemo.selection.layout import build_layout
 from lemo.selection.ranking import block_cap
 from lemo.selection.scores import attention_informativeness, block_pair_scores, mlp_informativeness, select_by_score
 from lemo.selection.spans import draw_spans
+from lemo.selection.spread import spread_blocks
 
 CPU = torch.device("cpu")
 
@@ -196,3 +197,11 @@ def test_a_document_shorter_than_its_spans_stays_unbiased():
     drawn = draw_spans(layout, Segments(spans=8, drawn=2), random.Random(0))
     assert drawn.weights == (1.5,)
     assert drawn.plan.rows.numel() == 2
+
+
+def test_spread_keeps_the_labelled_blocks_and_others_at_equal_distances():
+    layout = build_layout(2, 32, 4, CPU)
+    labelled = torch.tensor([False] * 7 + [True] + [False] * 8)
+    assert spread_blocks(layout, labelled, 0.5).nonzero().flatten().tolist() == [0, 2, 4, 7, 8, 10, 12, 14]
+    assert spread_blocks(layout, labelled, 0.125).nonzero().flatten().tolist() == [7, 8]
+    assert spread_blocks(layout, labelled, 1.0).all()

@@ -123,6 +123,32 @@ def bench_quality(
     _print(as_json, {"records": len(rows), "report": str(path)}, [f"{len(rows)} records", f"report: {path}"])
 
 
+@bench.command("step")
+def bench_step(
+    config: Annotated[Path, typer.Option("--config", help="YAML file: shapes, lengths and methods.")],
+    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    overrides: Set = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Measure what the benchmark in --output lacks.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of a training step by method, model shape (random weights) and length."""
+    from lemo.bench.step_config import load_step
+
+    settings = load_step(config, output=output, device=device, overrides=overrides or [])
+    with _work(as_json):
+        from lemo.bench.step import run_steps
+
+        try:
+            rows = run_steps(settings, resume=resume)
+        except KeyboardInterrupt:
+            raise _InterruptedError(
+                f"stopped; finished rows are in {settings.output}: go on with --resume --output {settings.output}"
+            ) from None
+        path = _report(Path(settings.output))
+    _print(as_json, {"records": len(rows), "report": str(path)}, [f"{len(rows)} records", f"report: {path}"])
+
+
 @app.command()
 def report(
     source: Annotated[Path, typer.Argument(help="Run directory, or benchmark records: a directory or JSONL file.")],
@@ -137,7 +163,7 @@ def report(
 def _report(source: Path) -> Path:
     from lemo import report as reports
 
-    return reports.build_quality(source) if reports.holds_records(source) else reports.build(source)
+    return reports.build_records(source) if reports.holds_records(source) else reports.build(source)
 
 
 def _work(as_json: bool) -> contextlib.AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of one tile. Blocks are 64 tokens by default, so a tile of 64 kept rows is one block and its bounds are tight.
+# Of one tile. Kept rows ascend, so 64 of them lie close together and the tile's bounds are tight.
 _ROWS, _KEYS = 64, 64
 _LOG2_E = 1.4426950408889634
 

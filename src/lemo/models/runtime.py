@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ class Runtime:
         config: what `sparsify` was given.
         layers: number of decoder layers.
         last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
+        placement: (layout, labelled blocks) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
 
@@ -58,6 +59,7 @@ class Runtime:
     dense_only: bool = False
     # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
     own_loss: bool = False
+    placement: Callable[[SequenceLayout, Tensor], Tensor] | None = None
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     _fidelities: dict[int, list[float]] = field(default_factory=dict)
@@ -106,6 +108,8 @@ class Runtime:
                 priority=self._draw(energy) if drawn else None,
                 sink=self.config.keep_sink and not drawn,
             )
+            if self.placement is not None:
+                plan = plan_from_blocks(self.placement(state.layout, state.labelled), state.layout)
         self.record(layer, plan, plan)
         return plan
 

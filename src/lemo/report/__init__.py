@@ -1,7 +1,7 @@
 """What came out, as one page with nothing loaded from anywhere else.
 
 path = lemo.report.build(Path("runs/default"))  # a run of `lemo finetune`
-path = lemo.report.build_quality(Path("runs/quality"))  # records of `lemo bench quality`
+path = lemo.report.build_records(Path("runs/quality"))  # records of `lemo bench`
 """
 
 from __future__ import annotations
@@ -10,16 +10,37 @@ from pathlib import Path
 
 from lemo.report.page import build
 
-__all__ = ["build", "build_quality", "holds_records"]
+__all__ = ["build", "build_quality", "build_records", "holds_records"]
 
 
 def holds_records(source: Path) -> bool:
-    """Whether `build_quality` is meant: a file, or a directory of records that isn't that of a run."""
+    """Whether `build_records` is meant: a file, or a directory of records that isn't that of a run."""
     from lemo.training.metrics import FILE as METRICS
 
     if not source.is_dir():
         return source.is_file()
     return any(file.name != METRICS for file in source.glob("*.jsonl"))
+
+
+def build_records(source: Path, output: Path | None = None) -> Path:
+    """Writes the report of benchmark records, of a quality study or of training steps; an older one is replaced.
+
+    Args:
+        source: a JSONL file of records, or a directory that holds some.
+        output: file to write; by default `report.html` in the directory, or beside the file with its name.
+
+    Raises:
+        UserError: no record to report there, a damaged one, or no space to write.
+    """
+    from lemo.bench.records import read
+    from lemo.report import quality, step
+    from lemo.report.page import write_page
+
+    rows = [row for file in quality.record_paths(source) for row in read(file)]
+    steps = step.groups(rows)
+    if not steps or any(row.bench == "quality" for row in rows):
+        return quality.build_quality(source, output)
+    return write_page(step.render(steps, rows), source, output)
 
 
 def build_quality(source: Path, output: Path | None = None) -> Path:

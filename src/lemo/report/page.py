@@ -52,6 +52,18 @@ def render(run: Run) -> str:
     return document(title, "\n".join(part for section in sections for part in section(run)))
 
 
+def write_page(html: str, source: Path, output: Path | None) -> Path:
+    """Writes a report of records: to `output`, or `report.html` in the directory `source`, or beside the file.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    path = output or (source / FILE if source.is_dir() else source.with_suffix(".html"))
+    with storage_errors(path.name, path.parent, "choose a place that can be written, then run `lemo report` again"):
+        write_text(path, html)
+    return path
+
+
 def document(title: str, body: str, *, wide: bool = False) -> str:
     """A page in the reports' look.
 

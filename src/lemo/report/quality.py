@@ -12,10 +12,9 @@ from lemo.bench.config import BASELINE
 from lemo.bench.records import Record
 from lemo.errors import UserError
 from lemo.report import quality_figures as figures
-from lemo.report.page import FILE, document, figure
+from lemo.report.page import document, figure, write_page
 from lemo.report.quality_rows import AGAIN, Row, Stat, Study, median_step_ms, peak_gib, studies
-from lemo.report.tables import versions_table
-from lemo.training.storage import storage_errors, write_text
+from lemo.report.tables import html_table, versions_table
 
 RECORDS = "records.jsonl"
 ABOUT = {
@@ -44,11 +43,8 @@ def build_quality(source: Path, output: Path | None = None) -> Path:
     found = studies(rows)
     if not found:
         raise UserError(f"{source}: no record of a quality study; {AGAIN}: a JSONL file, or the study's directory")
-    path = output or (source / FILE if source.is_dir() else source.with_suffix(".html"))
     others = sum(row.bench != "quality" for row in rows)
-    with storage_errors(path.name, path.parent, "choose a place that can be written, then run `lemo report` again"):
-        write_text(path, render(found, others))
-    return path
+    return write_page(render(found, others), source, output)
 
 
 def record_paths(source: Path) -> list[Path]:
@@ -309,7 +305,7 @@ def _positions_table(study: Study) -> str:
         after = [next((b.after for b in row.positions if b.start == bucket.start), None) for row in shown]
         cells = [f"{bucket.start:,} to {bucket.end - 1:,}", f"{bucket.tokens // len(first.runs):,}"]
         lines.append(cells + ["n/a" if value is None else f"{value:.3f}" for value in (bucket.before, *after)])
-    return _html_table(heads, lines)
+    return html_table(heads, lines, _WORDS)
 
 
 def _single(row: Row, run: Record) -> Row:
@@ -350,18 +346,8 @@ _RUN_COLUMNS = (
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    return _html_table([column.head for column in columns], [[column.cell(row) for column in columns] for row in rows])
-
-
-def _html_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table of plain text."""
-    kinds = [' class="words"' if head in _WORDS else "" for head in heads]
-    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, heads, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, line, strict=True)) + "</tr>"
-        for line in lines
-    )
-    return f'<div class="scroll"><table class="close"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    heads = [column.head for column in columns]
+    return html_table(heads, [[column.cell(row) for column in columns] for row in rows], _WORDS)
 
 
 def _training(study: Study) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -53,6 +53,17 @@ def steps_table(steps: Sequence[Step]) -> str:
     )
     thinned = f'<p class="small">One step in {stride}; all are in metrics.jsonl.</p>' if stride > 1 else ""
     return f'{thinned}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def html_table(heads: Sequence[str], lines: Iterable[Sequence[str]], words: Sequence[str] = ()) -> str:
+    """A table of plain text; columns whose head is in `words` hold words, the others numbers."""
+    kinds = [' class="words"' if head in words else "" for head in heads]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, heads, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, line, strict=True)) + "</tr>"
+        for line in lines
+    )
+    return f'<div class="scroll"><table class="close"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def versions_table(versions: Mapping[str, str]) -> str:

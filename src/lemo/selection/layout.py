@@ -43,26 +43,23 @@ def build_layout(
     if not documents:
         raise ValueError("attention_mask marks no real token in the whole batch; drop empty batches")
 
+    first_rows = [torch.arange(first, end, block_size) for first, end in documents]
+    blocks = torch.tensor([len(rows) for rows in first_rows])
+    ends = torch.tensor([end for _, end in documents])
+    document_of_block = torch.repeat_interleave(torch.arange(len(documents)), blocks)
+    first_row_of_block = torch.cat(first_rows)
+    block_tokens = (ends[document_of_block] - first_row_of_block).clamp(max=block_size)
     block_of_row = torch.full((batch * length,), -1, dtype=torch.int64)
-    document_of_block: list[int] = []
-    block_tokens: list[int] = []
-    first_row: list[int] = []
-    first_block: list[int] = []
-    for index, (first, end) in enumerate(documents):
-        blocks = -(-(end - first) // block_size)
-        block_of_row[first:end] = len(block_tokens) + torch.arange(end - first) // block_size
-        document_of_block += [index] * blocks
-        first_block.append(len(block_tokens))
-        first_row += range(first, end, block_size)
-        block_tokens += [block_size] * (blocks - 1) + [end - first - block_size * (blocks - 1)]
+    real = torch.cat([torch.arange(first, end) for first, end in documents])
+    block_of_row[real] = torch.repeat_interleave(torch.arange(len(block_tokens)), block_tokens)
     host = SequenceLayout(
         shape=(batch, length),
         documents=documents,
         block_of_row=block_of_row,
-        document_of_block=torch.tensor(document_of_block),
-        block_tokens=torch.tensor(block_tokens),
-        first_row_of_block=torch.tensor(first_row),
-        first_block=torch.tensor(first_block),
+        document_of_block=document_of_block,
+        block_tokens=block_tokens,
+        first_row_of_block=first_row_of_block,
+        first_block=blocks.cumsum(0) - blocks,
         block_size=block_size,
     )
     if device.type == "cpu":

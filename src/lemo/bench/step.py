@@ -1,0 +1,259 @@
+"""`lemo bench step`: what a training step costs, by method, model shape and length; one record a row.
+
+A step is a forward, a backward and an optimizer step of one sequence. All rows are measured in one process, each on a
+model made anew with the same random weights. A row that doesn't fit the device is a row without a time.
+After each row all rows are written anew, so that a benchmark that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lemo.bench import records
+from lemo.bench.records import Record
+from lemo.bench.shapes import build_shape, full_depth
+from lemo.bench.step_config import StepConfig, StepMethod, load_step
+from lemo.config import RunConfig, SparsityConfig, TrainingConfig
+from lemo.config_io import SAVED_CONFIG, save_resolved
+from lemo.data.labelling import IGNORED
+from lemo.errors import UserError
+from lemo.memory import PeakTracker
+from lemo.memory.tracker import GIB
+from lemo.models import get_runtime
+from lemo.models.device import choose_device
+from lemo.selection.spread import spread_blocks
+from lemo.training.directory import refuse_used
+from lemo.training.job import prepare_model
+from lemo.training.storage import storage_errors
+from lemo.training.summary import versions
+
+FILE = "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model's shape with so many layers, and a length."""
+
+    shape: str
+    layers: int
+    T: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Steps of one row; seconds, GiB."""
+
+    step_s: tuple[float, ...]
+    keep: float
+    fidelity: float | None
+    peak_gib: float
+    peak_reserved_gib: float | None
+    weights_gib: float | None
+
+
+def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
+    """Measures what the output directory doesn't hold yet.
+
+    Args:
+        config: what is measured. `config.output` must be absent or empty, unless `resume`.
+        resume: go on in the directory; all but shapes, lengths and methods must be as it was.
+
+    Returns:
+        All rows.
+
+    Raises:
+        UserError: anything the user can fix, before any work.
+    """
+    console = Console(stderr=True)
+    directory = Path(config.output)
+    device = choose_device(config.device)
+    rows: list[Record] = []
+    if resume:
+        rows = open_benchmark(config, directory)
+    else:
+        refuse_used(directory, "go on with the benchmark in it")
+    with storage_errors("the benchmark", directory, "choose another --output"):
+        directory.mkdir(parents=True, exist_ok=True)
+        save_resolved(config, directory / SAVED_CONFIG)
+    for place in places(config):
+        missing = [method for method in config.methods if not _holds(rows, place, method)]
+        for method, measured in measure(config, place, missing, device):
+            row = record(config, place, method, measured)
+            rows.append(row)
+            records.write(rows, directory / FILE)
+            told = "out of memory" if measured is None else f"{row.step_ms:,.0f} ms, {measured.peak_gib:.2f} GiB"
+            name = f"{place.shape}, {place.layers} layers, {place.T:,} tokens: {method.method} {method.setting}"
+            console.print(f"{name}: {told}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def open_benchmark(config: StepConfig, directory: Path) -> list[Record]:
+    """The rows that are there.
+
+    Raises:
+        UserError: no benchmark, or one measured in another way.
+    """
+    saved = directory / SAVED_CONFIG
+    if not saved.is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"--output {directory} holds no benchmark to resume; choose another --output")
+        return []
+    old = load_step(saved)
+    fixed = ("labels", "warm_up", "repeats", "lora", "dtype")
+    changed = [name for name in fixed if getattr(old, name) != getattr(config, name)]
+    before = {(m.method, m.setting): m for m in old.methods}
+    changed += [f"{m.method} {m.setting}" for m in config.methods if before.get((m.method, m.setting), m) != m]
+    if changed:
+        raise UserError(
+            f"--resume: {', '.join(changed)} differ from the benchmark in {directory} ({saved.name}), so its rows "
+            "can't be compared with new ones; choose another --output, or give changed methods another setting"
+        )
+    path = directory / FILE
+    return records.read(path) if path.is_file() else []
+
+
+def places(config: StepConfig) -> list[Place]:
+    """Shapes and lengths in the order given."""
+    return [
+        Place(shape.name, shape.layers or full_depth(shape.name), T)
+        for shape in config.shapes
+        for T in shape.lengths or config.lengths
+    ]
+
+
+def measure(
+    config: StepConfig, place: Place, methods: list[StepMethod], device: str
+) -> Iterator[tuple[StepMethod, Measured | None]]:
+    """Each method's steps at one place; None where they don't fit the device's memory."""
+    for method in methods:
+        try:
+            measured = _measure(config, place, method, device)
+        except torch.OutOfMemoryError:
+            measured = None
+        gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        yield method, measured
+
+
+def _measure(config: StepConfig, place: Place, method: StepMethod, device: str) -> Measured:
+    model = wrapped(config, place, method, device)
+    runtime: Any = get_runtime(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    batch = sequence(place.T, model.config.vocab_size, config.labels, device)
+    tracker = PeakTracker(device)
+    seconds = []
+    for number in range(config.warm_up + config.repeats):
+        if number == config.warm_up:
+            tracker.reset()
+            runtime.collect()
+        with _timed(device) as timer:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if number >= config.warm_up:
+            seconds.append(timer[0])
+    stats, peak = runtime.collect(), tracker.read()
+    return Measured(
+        tuple(seconds),
+        stats.keep_mean,
+        stats.fidelity_mean,
+        peak.peak_gib,
+        peak.peak_reserved_gib,
+        # A CPU's peak is that of the whole process, from which nothing can be taken.
+        weights / GIB if device != "cpu" else None,
+    )
+
+
+def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -> Any:
+    """A model of the place's shape with a LoRA adapter, as `lemo finetune` would train it with the method."""
+    torch.manual_seed(0)
+    base = build_shape(place.shape, place.layers, place.T, getattr(torch, config.dtype), device)
+    run = RunConfig(
+        lora=config.lora,
+        sparsity=method.sparsity or SparsityConfig(mode="dense"),
+        training=TrainingConfig(gradient_checkpointing=method.method != "lora"),
+    )
+    model = prepare_model(base, run)
+    model.train()
+    runtime: Any = get_runtime(model)
+    if method.keep is not None:
+        share = method.keep
+        runtime.placement = lambda layout, labelled: spread_blocks(layout, labelled, share)
+    return model
+
+
+def sequence(T: int, vocabulary: int, labels: int, device: str) -> dict[str, Tensor]:
+    """One sequence of random tokens, [1, T], of which the last `labels` are labelled."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, T), generator=generator)
+    labelled = tokens.clone()
+    labelled[:, :-labels] = IGNORED
+    return {"input_ids": tokens.to(device), "labels": labelled.to(device)}
+
+
+def record(config: StepConfig, place: Place, method: StepMethod, measured: Measured | None) -> Record:
+    """A row. `details`: `layers` it has and `full_depth`, `weights_gib`, `out_of_memory`."""
+    row = Record(
+        bench="step",
+        method=method.method,
+        shape=place.shape,
+        task="sft",
+        T=place.T,
+        batch=1,
+        setting=method.setting,
+        steps=config.repeats,
+        versions=versions(),
+        concurrent=1,
+    )
+    row.commit = config.commit or row.commit
+    row.details = {
+        "layers": place.layers,
+        "full_depth": full_depth(place.shape),
+        "weights_gib": measured.weights_gib if measured else None,
+        "out_of_memory": measured is None,
+    }
+    if measured is not None:
+        milliseconds = [1000 * s for s in measured.step_s]
+        row.step_ms = statistics.median(milliseconds)
+        row.step_ms_min, row.step_ms_max = min(milliseconds), max(milliseconds)
+        row.tokens_per_s = 1000 * place.T / row.step_ms
+        row.keep, row.fidelity = measured.keep, measured.fidelity
+        row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
+    return row
+
+
+def _holds(rows: list[Record], place: Place, method: StepMethod) -> bool:
+    wanted = (place.shape, place.layers, place.T, method.method, method.setting, records.device_name())
+    return any((r.shape, (r.details or {}).get("layers"), r.T, r.method, r.setting, r.gpu) == wanted for r in rows)
+
+
+@contextmanager
+def _timed(device: str) -> Iterator[list[float]]:
+    """Seconds until the device has done the work inside, in the list's only place."""
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    wait()
+    seconds = [0.0]
+    start = time.perf_counter()
+    yield seconds
+    wait()
+    seconds[0] = time.perf_counter() - start

@@ -1,0 +1,121 @@
+"""What `lemo bench step` measures: training steps by method, model shape and length.
+
+Imports no torch, so that mistakes are found at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lemo.bench.config import Tokens
+from lemo.config import Frozen, LoraConfig, Share, SparsityConfig
+from lemo.config_io import load
+
+STRONG_BASELINE: Literal["lora+ckpt"] = "lora+ckpt"
+
+
+class StepShape(Frozen):
+    """A model's shape, with random weights.
+
+    Args:
+        name: `llama-3-8b`, `qwen3-8b`, `llama-2-7b` or `smollm2-135m`.
+        layers: how many layers; None gives the model's own depth. Two rows of one shape with fewer layers give an
+            extrapolation to full depth, which the report marks as such.
+        lengths: sequence lengths in place of the benchmark's.
+    """
+
+    name: Literal["llama-3-8b", "qwen3-8b", "llama-2-7b", "smollm2-135m"]
+    layers: int | None = Field(default=None, ge=1)
+    lengths: tuple[Tokens, ...] | None = None
+
+
+class StepMethod(Frozen):
+    """One row for each shape and length.
+
+    Args:
+        method: `lora`: PEFT LoRA and the segmented loss. `lora+ckpt`: the same with gradient checkpointing, the
+            strong baseline. `lemo-backward`: as `sparsity` says.
+        setting: names the row's knobs; unique among the rows of one method.
+        sparsity: `lemo-backward`'s settings.
+        placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
+            about a real model. `spread`: the labelled ones and as many others, evenly spread, as `keep` asks for;
+            choosing is done and paid for all the same.
+        keep: `spread`: share of the blocks kept in every layer.
+    """
+
+    method: Literal["lora", "lora+ckpt", "lemo-backward"]
+    setting: str = "default"
+    sparsity: SparsityConfig | None = None
+    placement: Literal["energy", "spread"] = "energy"
+    keep: Share | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StepMethod:
+        sparse = self.method == "lemo-backward"
+        if sparse != (self.sparsity is not None):
+            raise ValueError(f"sparsity belongs to lemo-backward, which needs it (here: {self.method})")
+        if self.sparsity is not None and not self.sparsity.by_energy:
+            raise ValueError("lemo-backward needs sparsity.mode backward and policy energy")
+        if (self.placement == "spread") != (self.keep is not None):
+            raise ValueError("placement spread and keep go together")
+        if self.placement == "spread" and not sparse:
+            raise ValueError(f"placement belongs to lemo-backward (here: {self.method})")
+        return self
+
+
+class StepConfig(Frozen):
+    """A step benchmark: a YAML file plus `--set key=value`.
+
+    Args:
+        shapes: models.
+        lengths: tokens of the one sequence of a step.
+        methods: rows; all are measured in one process, shape by shape.
+        labels: labelled tokens, the sequence's last.
+        warm_up: steps before the timed ones.
+        repeats: timed steps; median and range are recorded.
+        dtype: of the frozen weights; LoRA's are fp32 and steps run under autocast, as in `lemo finetune`.
+        commit: recorded in every row; None asks git.
+        output: directory of `records.jsonl`, `report.html` and the resolved `config.yaml`.
+    """
+
+    shapes: tuple[StepShape, ...] = Field(min_length=1)
+    lengths: tuple[Tokens, ...] = Field(min_length=1)
+    methods: tuple[StepMethod, ...] = Field(min_length=1)
+    labels: int = Field(default=512, ge=1)
+    warm_up: int = Field(default=1, ge=0)
+    repeats: int = Field(default=3, ge=1)
+    lora: LoraConfig = LoraConfig()
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    commit: str | None = None
+    output: str = "runs/step"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StepConfig:
+        names = [(row.method, row.setting) for row in self.methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two rows are {name[0]} with setting {name[1]!r}; name the settings apart")
+        places = [(shape.name, shape.layers, T) for shape in self.shapes for T in shape.lengths or self.lengths]
+        for place in places:
+            if places.count(place) > 1:
+                raise ValueError(f"two shapes are {place[0]} with layers {place[1]} at {place[2]:,} tokens")
+        shortest = min(T for _, _, T in places)
+        if self.labels >= shortest:
+            raise ValueError(f"labels ({self.labels}) must be fewer than the shortest sequence's tokens ({shortest})")
+        return self
+
+
+def load_step(
+    path: Path, *, output: str | None = None, device: str | None = None, overrides: Sequence[str] = ()
+) -> StepConfig:
+    """The resolved configuration of a step benchmark: flags and `--set key=value` win over the file.
+
+    Raises:
+        UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
+    """
+    return load(StepConfig, path, {"output": ("--output", output), "device": ("--device", device)}, overrides)

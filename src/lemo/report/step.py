@@ -1,0 +1,259 @@
+"""Step records as one self-contained HTML page, and as a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lemo.bench.records import Record
+from lemo.bench.step_config import STRONG_BASELINE
+from lemo.errors import UserError
+from lemo.report import drawing
+from lemo.report.drawing import MUTED, legend, new_figure, style, svg
+from lemo.report.page import document, figure
+from lemo.report.tables import html_table, versions_table
+
+_COLORS = (drawing.FIRST, drawing.SECOND, drawing.THIRD, drawing.FOURTH, drawing.FIFTH, drawing.SIXTH)
+_MARKERS = "os^DPX"
+_HEADS = (
+    "T",
+    "method",
+    "keep",
+    "step, ms (min to max)",
+    "speed-up",
+    "tokens/s",
+    "peak GiB",
+    "but weights, GiB",
+    "ratio",
+)
+_WORDS = ("method",)
+
+
+class Details(BaseModel):
+    """What a step's record says beside the keys that all records have; GiB."""
+
+    model_config = ConfigDict(extra="allow")
+
+    layers: int
+    full_depth: int
+    weights_gib: float | None
+    out_of_memory: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One record, or an extrapolation to full depth from two records with fewer layers. ms, GiB.
+
+    Attributes:
+        name: method and setting.
+        step_ms, low_ms, high_ms: median and range; an extrapolation has no range. None where memory ran out.
+    """
+
+    T: int
+    name: str
+    keep: float | None
+    step_ms: float | None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    peak_gib: float | None = None
+    weights_gib: float | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name == STRONG_BASELINE
+
+    @property
+    def transient_gib(self) -> float | None:
+        """Peak without the weights."""
+        return None if self.peak_gib is None or self.weights_gib is None else self.peak_gib - self.weights_gib
+
+
+@dataclass(frozen=True)
+class Group:
+    """The lines of one shape, depth and device, by length."""
+
+    gpu: str
+    shape: str
+    layers: int
+    full_depth: int
+    extrapolated_from: tuple[int, int] | None
+    lines: tuple[Line, ...]
+
+    @property
+    def title(self) -> str:
+        depth = f"all {self.layers} layers" if self.layers == self.full_depth else f"{self.layers} layers"
+        if self.extrapolated_from:
+            depth += f", extrapolated from {' and '.join(map(str, self.extrapolated_from))}"
+        return f"{self.shape}, {depth}, on {self.gpu}"
+
+    def baseline(self, T: int) -> Line | None:
+        return next((line for line in self.lines if line.is_baseline and line.T == T), None)
+
+    def speed_up(self, line: Line) -> float | None:
+        """The strong baseline's time of a step at the same length / this line's."""
+        baseline = self.baseline(line.T)
+        return baseline.step_ms / line.step_ms if baseline and baseline.step_ms and line.step_ms else None
+
+    def memory_ratio(self, line: Line) -> float | None:
+        """Peak without weights / the strong baseline's."""
+        baseline = self.baseline(line.T)
+        ours, theirs = line.transient_gib, baseline.transient_gib if baseline else None
+        return ours / theirs if ours is not None and theirs else None
+
+
+def groups(records: Iterable[Record]) -> list[Group]:
+    """Step records by device, shape and depth; after the shallow ones of a shape their extrapolation to full depth.
+
+    Raises:
+        UserError: a record whose details aren't a step's, or two of the same thing.
+    """
+    found: dict[tuple[str, str, int, int], list[Line]] = {}
+    for record in records:
+        if record.bench != "step" or record.shape is None:
+            continue
+        details = _details(record)
+        line = _line(record, details)
+        lines = found.setdefault((record.gpu, record.shape, details.layers, details.full_depth), [])
+        if any((old.T, old.name) == (line.T, line.name) for old in lines):
+            raise UserError(
+                f"two step records are {line.name} at {line.T:,} tokens ({record.shape}, {details.layers} layers, "
+                f"{record.gpu}); report them apart"
+            )
+        lines.append(line)
+    result = [Group(*key, None, tuple(sorted(lines, key=lambda x: x.T))) for key, lines in found.items()]
+    return result + list(_extrapolations(result))
+
+
+def _details(record: Record) -> Details:
+    try:
+        return Details.model_validate(record.details)
+    except ValidationError as error:
+        raise UserError(
+            f"a step record of {record.method} has no usable details ({error.error_count()} faults); measure it anew"
+        ) from error
+
+
+def _line(record: Record, details: Details) -> Line:
+    name = record.method if record.setting in (None, "default") else f"{record.method}, {record.setting}"
+    return Line(
+        T=record.T or 0,
+        name=name,
+        keep=record.keep,
+        step_ms=record.step_ms,
+        low_ms=record.step_ms_min,
+        high_ms=record.step_ms_max,
+        peak_gib=record.peak_gib,
+        weights_gib=details.weights_gib,
+    )
+
+
+def _extrapolations(measured: Sequence[Group]) -> Iterator[Group]:
+    """Step time at full depth, a straight line through the two deepest shallow measurements of a shape."""
+    for gpu, shape, full in dict.fromkeys((g.gpu, g.shape, g.full_depth) for g in measured):
+        shallow = sorted(
+            (g for g in measured if (g.gpu, g.shape) == (gpu, shape) and g.layers < full), key=lambda g: g.layers
+        )
+        if len(shallow) < 2:
+            continue
+        low, high = shallow[-2:]
+        lines = []
+        for line in high.lines:
+            other = next((x for x in low.lines if (x.T, x.name) == (line.T, line.name)), None)
+            if other is not None and other.step_ms is not None and line.step_ms is not None:
+                slope = (line.step_ms - other.step_ms) / (high.layers - low.layers)
+                lines.append(Line(line.T, line.name, line.keep, line.step_ms + slope * (full - high.layers)))
+        if lines:
+            yield Group(gpu, shape, full, full, (low.layers, high.layers), tuple(lines))
+
+
+def render(found: Sequence[Group], records: Sequence[Record]) -> str:
+    """The whole page."""
+    shapes = ", ".join(dict.fromkeys(group.shape for group in found))
+    title = f"{shapes}: a training step by method"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        "<p>Forward, backward and optimizer step of one sequence with random weights, a LoRA adapter on every method. "
+        f"Speed-up and ratio are against <code>{STRONG_BASELINE}</code> (PEFT LoRA, gradient checkpointing, segmented "
+        "loss) at the same length; the ratio is of peak memory without the weights.</p>",
+    ]
+    for index, group in enumerate(found):
+        body.append(f"<h2>{escape(group.title)}</h2>")
+        drawn = speed_up_figure(group, f"step{index}")
+        if drawn is not None:
+            body.append(figure(drawn, "Speed-up of a step by length", f"Over {STRONG_BASELINE} at the same length."))
+        body.append(html_table(_HEADS, [_cells(group, line) for line in group.lines], _WORDS))
+    versions: dict[str, Any] = next((record.versions for record in records if record.versions), {})
+    commits = ", ".join(dict.fromkeys(record.commit for record in records))
+    body += ["<h2>Versions</h2>", versions_table(versions), f'<p class="small">Commit {escape(commits)}.</p>']
+    return document(title, "\n".join(body), wide=True)
+
+
+def step_markdown(records: Iterable[Record]) -> str:
+    """GitHub tables, one for each group with a caption line."""
+    parts = []
+    for group in groups(records):
+        lines = [f"| {' | '.join(_HEADS)} |", "|" + "---|" * len(_HEADS)]
+        for line in group.lines:
+            cells = _cells(group, line)
+            lines.append(f"| {' | '.join([cells[0], f'`{cells[1]}`', *cells[2:]])} |")
+        parts.append(f"{group.title}.\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cells(group: Group, line: Line) -> list[str]:
+    if line.step_ms is None:
+        time = "out of memory"
+    elif line.low_ms is None or line.high_ms is None:
+        time = f"{line.step_ms:,.0f}"
+    else:
+        time = f"{line.step_ms:,.0f} ({line.low_ms:,.0f} to {line.high_ms:,.0f})"
+    return [
+        f"{line.T:,}",
+        line.name,
+        _number(line.keep, ".3f"),
+        time,
+        _number(group.speed_up(line), ".2f", "×"),
+        _number(line.T / line.step_ms * 1000 if line.step_ms else None, ",.0f"),
+        _number(line.peak_gib, ".2f"),
+        _number(line.transient_gib, ".2f"),
+        _number(group.memory_ratio(line), ".2f", "×"),
+    ]
+
+
+def _number(value: float | None, form: str, before: str = "") -> str:
+    return "n/a" if value is None else before + format(value, form)
+
+
+def speed_up_figure(group: Group, name: str) -> str | None:
+    """Speed-up over the strong baseline against length; None with fewer than two lengths.
+
+    Args:
+        group: the lines.
+        name: of the figure, unique in its page.
+    """
+    curves = {
+        method: [(line.T, up) for line in group.lines if line.name == method and (up := group.speed_up(line))]
+        for method in dict.fromkeys(line.name for line in group.lines if not line.is_baseline)
+    }
+    lengths = sorted({T for points in curves.values() for T, _ in points})
+    if len(lengths) < 2:
+        return None
+    with style():
+        drawn, axes = new_figure(3.2)
+        axes.axhline(1.0, color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+        for index, (method, points) in enumerate(curves.items()):
+            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=5.5, label=method)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{T:,}" for T in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(f"speed-up over {STRONG_BASELINE}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axes.set_ylim(bottom=0)
+        legend(axes, 3)
+        return svg(drawn, name)

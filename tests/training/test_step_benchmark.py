@@ -1,0 +1,104 @@
+"""`lemo bench step`: rows, resuming, memory that runs out, forced placements, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lemo.bench import records, step
+from lemo.bench.step_config import StepConfig
+from lemo.errors import UserError
+
+SPREAD = {
+    "method": "lemo-backward",
+    "setting": "spread 0.5",
+    "placement": "spread",
+    "keep": 0.5,
+    "sparsity": {"block_size": 8},
+}
+
+
+def benchmark(output: Path, **changes: Any) -> StepConfig:
+    values = {
+        "shapes": [{"name": "smollm2-135m", "layers": 1}],
+        "lengths": [64],
+        "labels": 8,
+        "repeats": 2,
+        "warm_up": 0,
+        "dtype": "float32",
+        "device": "cpu",
+        "methods": [{"method": "lora+ckpt"}, SPREAD],
+        "output": str(output),
+    }
+    return StepConfig.model_validate(values | changes)
+
+
+def test_a_stopped_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt"}]))
+    assert [(r.method, r.shape, r.T, r.steps) for r in first] == [("lora+ckpt", "smollm2-135m", 64, 2)]
+    row = first[0]
+    assert row.step_ms_min <= row.step_ms <= row.step_ms_max
+    assert row.tokens_per_s == pytest.approx(64_000 / row.step_ms)
+    assert row.keep == 1.0
+    assert row.details["layers"] == 1
+    assert row.details["full_depth"] == 30
+    measured = []
+    whole = step._measure
+    monkeypatch.setattr(step, "_measure", lambda c, p, m, d: measured.append(m.setting) or whole(c, p, m, d))
+    rows = step.run_steps(benchmark(tmp_path / "b"), resume=True)
+    assert measured == ["spread 0.5"]
+    assert rows[0] == row
+    assert rows[1].keep == 0.5
+    assert rows == records.read(tmp_path / "b" / "records.jsonl")
+
+
+def test_memory_that_runs_out_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = step._measure
+
+    def full(config: Any, place: Any, method: Any, device: str) -> Any:
+        if method.method == "lora+ckpt":
+            raise torch.OutOfMemoryError("no room")
+        return whole(config, place, method, device)
+
+    monkeypatch.setattr(step, "_measure", full)
+    rows = step.run_steps(benchmark(tmp_path / "b"))
+    assert [(r.method, r.step_ms is None, r.details["out_of_memory"]) for r in rows] == [
+        ("lora+ckpt", True, True),
+        ("lemo-backward", False, False),
+    ]
+
+
+def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    step.run_steps(benchmark(tmp_path / "b", methods=[SPREAD]))
+    with pytest.raises(UserError, match="labels differ from the benchmark"):
+        step.run_steps(benchmark(tmp_path / "b", labels=4), resume=True)
+    with pytest.raises(UserError, match=r"lemo-backward spread 0\.5 differ"):
+        step.run_steps(benchmark(tmp_path / "b", methods=[SPREAD | {"keep": 0.25}]), resume=True)
+    with pytest.raises(UserError, match="go on with the benchmark"):
+        step.run_steps(benchmark(tmp_path / "b"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x").touch()
+    with pytest.raises(UserError, match="holds no benchmark"):
+        step.run_steps(benchmark(tmp_path / "c"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": [{"method": "lemo-backward"}]}, "sparsity belongs to lemo-backward"),
+        ({"methods": [SPREAD | {"keep": None}]}, "placement spread and keep go together"),
+        (
+            {"methods": [SPREAD | {"sparsity": {"policy": "segments"}}]},
+            "needs sparsity.mode backward",
+        ),
+        ({"methods": [SPREAD, SPREAD]}, "two rows are lemo-backward"),
+        ({"labels": 64}, "labels .64. must be fewer"),
+        ({"shapes": [{"name": "smollm2-135m"}, {"name": "smollm2-135m"}]}, "two shapes are smollm2-135m"),
+    ],
+)
+def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark(tmp_path, **changes)

@@ -1,0 +1,72 @@
+"""The report of step records: speed-up and memory against the strong baseline, extrapolation, damaged records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from html_page import Page
+from lemo.bench import records
+from lemo.bench.records import Record
+from lemo.errors import UserError
+from lemo.report import build_records
+from lemo.report.step import groups, step_markdown
+
+
+def row(method: str, T: int, layers: int, step_ms: float | None, peak: float | None = None, **more: Any) -> Record:
+    details = {"layers": layers, "full_depth": 10, "weights_gib": 1.0, "out_of_memory": step_ms is None}
+    values: dict[str, Any] = {"setting": "default", "keep": 1.0, "gpu": "a GPU", "commit": "abc", **more}
+    record = Record(bench="step", method=method, shape="tiny", T=T, step_ms=step_ms, peak_gib=peak, **values)
+    record.details = details
+    return record
+
+
+ROWS = [
+    row("lora+ckpt", 64, 2, 30.0, 3.0),
+    row("lora+ckpt", 64, 4, 50.0, 4.0),
+    row("lora+ckpt", 128, 4, 90.0, 5.0),
+    row("lemo-backward", 64, 2, 20.0, 2.0, setting="spread 0.25", keep=0.25),
+    row("lemo-backward", 64, 4, 30.0, 2.5, setting="spread 0.25", keep=0.25),
+    row("lemo-backward", 128, 4, 45.0, 3.0, setting="spread 0.25", keep=0.25),
+    row("lora", 64, 4, None),
+]
+
+
+def test_speed_up_memory_and_extrapolation() -> None:
+    two, four, full = groups(ROWS)
+    assert (two.layers, four.layers, full.layers) == (2, 4, 10)
+    lemo = next(line for line in four.lines if line.name == "lemo-backward, spread 0.25" and line.T == 64)
+    assert four.speed_up(lemo) == pytest.approx(50 / 30)
+    assert four.memory_ratio(lemo) == pytest.approx(1.5 / 3.0)
+    # ten layers: 50 + 6 * 10, and 30 + 6 * 5
+    assert {(line.name, line.T): line.step_ms for line in full.lines} == {
+        ("lora+ckpt", 64): pytest.approx(110.0),
+        ("lemo-backward, spread 0.25", 64): pytest.approx(60.0),
+    }
+    assert "extrapolated from 2 and 4" in full.title
+
+
+def test_markdown_says_what_did_not_fit() -> None:
+    text = step_markdown(ROWS)
+    assert "| 64 | `lora` | 1.000 | out of memory | n/a |" in text
+    assert "| 64 | `lemo-backward, spread 0.25` | 0.250 | 30 | ×1.67 | 2,133 | 2.50 | 1.50 | ×0.50 |" in text
+
+
+def test_page(tmp_path: Path) -> None:
+    records.write(ROWS, tmp_path / "records.jsonl")
+    text = build_records(tmp_path).read_text(encoding="utf-8")
+    assert all(target.startswith("#") for target in Page(text).loads)
+    assert "tiny, all 10 layers, extrapolated from 2 and 4, on a GPU" in text
+    assert text.count("<svg") == 1  # only four layers were measured at two lengths
+
+
+def test_damaged_records_are_refused(tmp_path: Path) -> None:
+    bad = row("lora", 64, 4, 1.0)
+    bad.details = {"layers": 4}
+    records.write([bad], tmp_path / "records.jsonl")
+    with pytest.raises(UserError, match="no usable details"):
+        build_records(tmp_path)
+    with pytest.raises(UserError, match="two step records are lora"):
+        groups([row("lora", 64, 4, 1.0), row("lora", 64, 4, 2.0)])
