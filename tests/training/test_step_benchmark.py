@@ -102,3 +102,9 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         benchmark(tmp_path, **changes)
+
+
+def test_liger_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lora\+ckpt\+liger needs"):
+        step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt+liger"}]))
+    assert not (tmp_path / "b").exists()

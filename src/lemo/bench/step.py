@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lemo.bench import records
+from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
 from lemo.bench.step_config import StepConfig, StepMethod, load_step
@@ -78,6 +79,8 @@ def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
     console = Console(stderr=True)
     directory = Path(config.output)
     device = choose_device(config.device)
+    if any(method.method == "lora+ckpt+liger" for method in config.methods):
+        check_liger(device)
     rows: list[Record] = []
     if resume:
         rows = open_benchmark(config, directory)
@@ -149,6 +152,12 @@ def measure(
 
 def _measure(config: StepConfig, place: Place, method: StepMethod, device: str) -> Measured:
     model = wrapped(config, place, method, device)
+    liger = method.method == "lora+ckpt+liger"
+    with liger_kernels(model.get_base_model()) if liger else nullcontext():
+        return _steps(config, place, model, device)
+
+
+def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measured:
     runtime: Any = get_runtime(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)

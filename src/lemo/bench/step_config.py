@@ -38,7 +38,8 @@ class StepMethod(Frozen):
 
     Args:
         method: `lora`: PEFT LoRA and the segmented loss. `lora+ckpt`: the same with gradient checkpointing, the
-            strong baseline. `lemo-backward`: as `sparsity` says.
+            strong baseline. `lora+ckpt+liger`: the same with Liger's kernels and its loss. `lemo-backward`: as
+            `sparsity` says.
         setting: names the row's knobs; unique among the rows of one method.
         sparsity: `lemo-backward`'s settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
@@ -47,7 +48,7 @@ class StepMethod(Frozen):
         keep: `spread`: share of the blocks kept in every layer.
     """
 
-    method: Literal["lora", "lora+ckpt", "lemo-backward"]
+    method: Literal["lora", "lora+ckpt", "lora+ckpt+liger", "lemo-backward"]
     setting: str = "default"
     sparsity: SparsityConfig | None = None
     placement: Literal["energy", "spread"] = "energy"

@@ -1,0 +1,45 @@
+"""Liger's kernels on one model, for the step benchmark's baseline."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lemo.errors import UserError
+
+_ROTATION = "apply_rotary_pos_emb"
+
+
+def check_liger(device: str) -> None:
+    """Refuses Liger's kernels where they can't run.
+
+    Raises:
+        UserError: liger-kernel isn't installed, or the device is no GPU.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("lora+ckpt+liger needs liger-kernel; pip install liger-kernel, or leave the method out")
+    if device == "cpu":
+        raise UserError("lora+ckpt+liger needs a GPU; leave the method out, or give --device cuda")
+
+
+@contextmanager
+def liger_kernels(causal_lm: Any) -> Iterator[None]:
+    """Inside, a transformers CausalLM runs with all of Liger's kernels: norms, rotation, SwiGLU, fused linear loss.
+
+    Args:
+        causal_lm: the model; it stays patched and must not be used afterwards. The function that Liger replaces in
+            transformers' module is put back.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    attention = type(causal_lm.get_decoder().layers[0].self_attn).__module__
+    module = sys.modules[attention]
+    rotation = getattr(module, _ROTATION)
+    try:
+        _apply_liger_kernel_to_instance(model=causal_lm)
+        yield
+    finally:
+        setattr(module, _ROTATION, rotation)
