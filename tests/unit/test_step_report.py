@@ -17,6 +17,7 @@ from lemo.report.step import groups, step_markdown
 
 def row(method: str, T: int, layers: int, step_ms: float | None, peak: float | None = None, **more: Any) -> Record:
     details = {"layers": layers, "full_depth": 10, "weights_gib": 1.0, "out_of_memory": step_ms is None}
+    details |= {"tflop": 0.02, "ceiling_tflop_per_s": 1.0}
     values: dict[str, Any] = {"setting": "default", "keep": 1.0, "gpu": "a GPU", "commit": "abc", **more}
     record = Record(bench="step", method=method, shape="tiny", T=T, step_ms=step_ms, peak_gib=peak, **values)
     record.details = details
@@ -51,7 +52,7 @@ def test_speed_up_memory_and_extrapolation() -> None:
 def test_markdown_says_what_did_not_fit() -> None:
     text = step_markdown(ROWS)
     assert "| 64 | `lora` | 1.000 | out of memory | n/a |" in text
-    assert "| 64 | `lemo-backward, spread 0.25` | 0.250 | 30 | ×1.67 | 2,133 | 2.50 | 1.50 | ×0.50 |" in text
+    assert "| 64 | `lemo-backward, spread 0.25` | 0.250 | 30 | ×1.67 | 2,133 | 2.50 | 1.50 | ×0.50 | 67% |" in text
 
 
 def test_page(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lemo.bench import records
+from lemo.bench.cost import TERA, causal_work, matmul_ceiling, step_flop
 from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
@@ -53,11 +54,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of one row; seconds, GiB."""
+    """Steps of one row; seconds, GiB. `work`: kept queries' share of the causal attention work."""
 
     step_s: tuple[float, ...]
     keep: float
     fidelity: float | None
+    work: float
     peak_gib: float
     peak_reserved_gib: float | None
     weights_gib: float | None
@@ -89,10 +91,11 @@ def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
     with storage_errors("the benchmark", directory, "choose another --output"):
         directory.mkdir(parents=True, exist_ok=True)
         save_resolved(config, directory / SAVED_CONFIG)
+    ceiling = matmul_ceiling(device, getattr(torch, config.dtype))
     for place in places(config):
         missing = [method for method in config.methods if not _holds(rows, place, method)]
         for method, measured in measure(config, place, missing, device):
-            row = record(config, place, method, measured)
+            row = record(config, place, method, measured, ceiling)
             rows.append(row)
             records.write(rows, directory / FILE)
             told = "out of memory" if measured is None else f"{row.step_ms:,.0f} ms, {measured.peak_gib:.2f} GiB"
@@ -182,6 +185,7 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
         tuple(seconds),
         stats.keep_mean,
         stats.fidelity_mean,
+        causal_work(runtime.last_plans.values(), place.T),
         peak.peak_gib,
         peak.peak_reserved_gib,
         # A CPU's peak is that of the whole process, from which nothing can be taken.
@@ -216,8 +220,14 @@ def sequence(T: int, vocabulary: int, labels: int, device: str) -> dict[str, Ten
     return {"input_ids": tokens.to(device), "labels": labelled.to(device)}
 
 
-def record(config: StepConfig, place: Place, method: StepMethod, measured: Measured | None) -> Record:
-    """A row. `details`: `layers` it has and `full_depth`, `weights_gib`, `out_of_memory`."""
+def record(
+    config: StepConfig, place: Place, method: StepMethod, measured: Measured | None, ceiling: float | None
+) -> Record:
+    """A row.
+
+    `details`: `layers` it has and `full_depth`; `weights_gib`; `out_of_memory`; `tflop` of the step by
+    `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products.
+    """
     row = Record(
         bench="step",
         method=method.method,
@@ -236,6 +246,8 @@ def record(config: StepConfig, place: Place, method: StepMethod, measured: Measu
         "full_depth": full_depth(place.shape),
         "weights_gib": measured.weights_gib if measured else None,
         "out_of_memory": measured is None,
+        "tflop": None,
+        "ceiling_tflop_per_s": ceiling / TERA if ceiling else None,
     }
     if measured is not None:
         milliseconds = [1000 * s for s in measured.step_s]
@@ -243,6 +255,8 @@ def record(config: StepConfig, place: Place, method: StepMethod, measured: Measu
         row.step_ms_min, row.step_ms_max = min(milliseconds), max(milliseconds)
         row.tokens_per_s = 1000 * place.T / row.step_ms
         row.keep, row.fidelity = measured.keep, measured.fidelity
+        cost = step_flop(place.shape, place.layers, place.T, config.labels, method.method, measured.keep, measured.work)
+        row.details["tflop"] = cost / TERA
         row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
     return row
 

@@ -29,6 +29,7 @@ _HEADS = (
     "peak GiB",
     "but weights, GiB",
     "ratio",
+    "of ceiling",
 )
 _WORDS = ("method",)
 
@@ -42,6 +43,8 @@ class Details(BaseModel):
     full_depth: int
     weights_gib: float | None
     out_of_memory: bool
+    tflop: float | None
+    ceiling_tflop_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Line:
 
     Attributes:
         name: method and setting.
+        of_ceiling: operations a second the step needs at least / those of the device's matrix products.
         step_ms, low_ms, high_ms: median and range; an extrapolation has no range. None where memory ran out.
     """
 
@@ -61,6 +65,7 @@ class Line:
     high_ms: float | None = None
     peak_gib: float | None = None
     weights_gib: float | None = None
+    of_ceiling: float | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -139,6 +144,9 @@ def _details(record: Record) -> Details:
 
 def _line(record: Record, details: Details) -> Line:
     name = record.method if record.setting in (None, "default") else f"{record.method}, {record.setting}"
+    of_ceiling = None
+    if details.tflop and details.ceiling_tflop_per_s and record.step_ms:
+        of_ceiling = 1000 * details.tflop / record.step_ms / details.ceiling_tflop_per_s
     return Line(
         T=record.T or 0,
         name=name,
@@ -148,6 +156,7 @@ def _line(record: Record, details: Details) -> Line:
         high_ms=record.step_ms_max,
         peak_gib=record.peak_gib,
         weights_gib=details.weights_gib,
+        of_ceiling=of_ceiling,
     )
 
 
@@ -178,7 +187,9 @@ def render(found: Sequence[Group], records: Sequence[Record]) -> str:
         f"<h1>{escape(title)}</h1>",
         "<p>Forward, backward and optimizer step of one sequence with random weights, a LoRA adapter on every method. "
         f"Speed-up and ratio are against <code>{STRONG_BASELINE}</code> (PEFT LoRA, gradient checkpointing, segmented "
-        "loss) at the same length; the ratio is of peak memory without the weights.</p>",
+        "loss) at the same length; the ratio is of peak memory without the weights. Of ceiling: the operations that "
+        "the step needs at least, by the count in lemo.bench.cost, a second, as a share of what a large matrix product "
+        "reaches.</p>",
     ]
     for index, group in enumerate(found):
         body.append(f"<h2>{escape(group.title)}</h2>")
@@ -221,6 +232,7 @@ def _cells(group: Group, line: Line) -> list[str]:
         _number(line.peak_gib, ".2f"),
         _number(line.transient_gib, ".2f"),
         _number(group.memory_ratio(line), ".2f", "×"),
+        _number(line.of_ceiling, ".0%"),
     ]
 
 

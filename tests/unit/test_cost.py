@@ -1,0 +1,34 @@
+"""The count of a step's operations, against the units it is written in and a count by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lemo.bench.cost import causal_work, step_flop
+from lemo.selection.layout import build_layout
+from lemo.selection.ranking import plan_from_blocks
+
+
+def test_by_hand() -> None:
+    # SmolLM2: q and o 576 x 576, k and v 576 x 192, three of 576 x 1,536.
+    linear = 2 * 1024 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    attention = 2 * 2 * 576 * 1024 * 1025 / 2
+    head = 6 * 64 * 576 * 49152
+    cost = step_flop("smollm2-135m", 2, 1024, 64, "lora+ckpt")
+    assert cost == pytest.approx(2 * (3 * linear + 4.5 * attention) + head)
+    assert step_flop("smollm2-135m", 2, 1024, 64, "lora") == pytest.approx(2 * (2 * linear + 3.5 * attention) + head)
+
+
+def test_everything_kept_costs_what_checkpointing_costs() -> None:
+    arguments = ("llama-3-8b", 8, 65536, 512)
+    assert step_flop(*arguments, "lemo-backward") == pytest.approx(step_flop(*arguments, "lora+ckpt"))
+    assert step_flop(*arguments, "lemo-backward", 0.25, 0.25) < 0.55 * step_flop(*arguments, "lora+ckpt")
+
+
+@pytest.mark.parametrize(("rows", "share"), [(range(8), 1.0), ([6, 7], 15 / 36), ([0, 1], 3 / 36)])
+def test_late_queries_are_most_of_the_work(rows: range | list[int], share: float) -> None:
+    kept = torch.zeros(8, dtype=torch.bool)
+    kept[list(rows)] = True
+    plan = plan_from_blocks(kept, build_layout(1, 8, 1, torch.device("cpu")))
+    assert causal_work([plan], 8) == pytest.approx(share)
