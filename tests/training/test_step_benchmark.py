@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lemo.bench import records, step
+from lemo.bench.placements import KeepPlacement, Placements
 from lemo.bench.step_config import StepConfig
 from lemo.errors import UserError
+from lemo.models import get_runtime
 
 SPREAD = {
     "method": "lemo-backward",
@@ -89,12 +91,13 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"methods": [{"method": "lemo-backward"}]}, "sparsity belongs to lemo-backward"),
-        ({"methods": [SPREAD | {"keep": None}]}, "placement spread and keep go together"),
+        ({"methods": [SPREAD | {"keep": None}]}, "keep goes together with placement spread"),
         (
             {"methods": [SPREAD | {"sparsity": {"policy": "segments"}}]},
             "needs sparsity.mode backward",
         ),
         ({"methods": [SPREAD, SPREAD]}, "two rows are lemo-backward"),
+        ({"methods": [SPREAD | {"placement": "recorded"}]}, "placement recorded needs placements"),
         ({"labels": 64}, "labels .64. must be fewer"),
         ({"shapes": [{"name": "smollm2-135m"}, {"name": "smollm2-135m"}]}, "two shapes are smollm2-135m"),
     ],
@@ -107,4 +110,42 @@ def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None
 def test_liger_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lora\+ckpt\+liger needs"):
         step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt+liger"}]))
+    assert not (tmp_path / "b").exists()
+
+
+def recording(tmp_path: Path) -> Path:
+    layers = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))
+    kept = KeepPlacement(keep=0.5, work=0.4, layers=layers)
+    path = tmp_path / "recorded.json"
+    values: Any = {"model": "m", "tokens": 64, "labels": 8, "sequences": 1, "commit": "c", "placements": (kept,)}
+    path.write_text(Placements(**values).model_dump_json())
+    return path
+
+
+def test_a_recorded_placement_is_kept_layer_by_layer(tmp_path: Path) -> None:
+    method = SPREAD | {"placement": "recorded", "sparsity": {"block_size": 1}}
+    config = benchmark(tmp_path / "b", placements=str(recording(tmp_path)), methods=[method])
+    place = step.Place("smollm2-135m", 2, 64)
+    model = step.wrapped(config, place, config.methods[0], "cpu")
+    model(**step.sequence(64, model.config.vocab_size, 8, "cpu")).loss.backward()
+    runtime = get_runtime(model)
+    assert runtime is not None
+    rows = [set(runtime.last_plans[layer, "mlp"].host_rows.tolist()) for layer in (0, 1)]
+    # 64 tokens, of which 55 to 62 predict labels, and 32 are kept: all others in the first, then in the second half.
+    labelled = set(range(55, 63))
+    assert [len(one) for one in rows] == [32, 32]
+    assert all(labelled <= one for one in rows)
+    assert all(row < 28 for row in rows[0] - labelled)
+    assert all(row >= 28 for row in rows[1] - labelled)
+
+
+def test_unusable_recordings_are_refused_before_any_work(tmp_path: Path) -> None:
+    path = recording(tmp_path)
+    method = SPREAD | {"placement": "recorded", "keep": 0.25}
+    with pytest.raises(UserError, match=r"keep 0\.25 isn't in the recording, which has 0\.5"):
+        step.run_steps(benchmark(tmp_path / "b", placements=str(path), methods=[method]))
+    for text, message in (("{}", "not a recording"), (None, "check the path")):
+        path.write_text(text) if text else path.unlink()
+        with pytest.raises(UserError, match=message):
+            step.run_steps(benchmark(tmp_path / "b", placements=str(path), methods=[method]))
     assert not (tmp_path / "b").exists()

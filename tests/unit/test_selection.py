@@ -10,10 +10,10 @@ import torch
 from lemo.config import BranchSelection, Segments
 from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.layout import build_layout
+from lemo.selection.placement import place_blocks
 from lemo.selection.ranking import block_cap
 from lemo.selection.scores import attention_informativeness, block_pair_scores, mlp_informativeness, select_by_score
 from lemo.selection.spans import draw_spans
-from lemo.selection.spread import spread_blocks
 
 CPU = torch.device("cpu")
 
@@ -199,9 +199,17 @@ def test_a_document_shorter_than_its_spans_stays_unbiased():
     assert drawn.plan.rows.numel() == 2
 
 
-def test_spread_keeps_the_labelled_blocks_and_others_at_equal_distances():
+def test_placed_blocks_are_the_labelled_ones_and_others_by_density():
     layout = build_layout(2, 32, 4, CPU)
     labelled = torch.tensor([False] * 7 + [True] + [False] * 8)
-    assert spread_blocks(layout, labelled, 0.5).nonzero().flatten().tolist() == [0, 2, 4, 7, 8, 10, 12, 14]
-    assert spread_blocks(layout, labelled, 0.125).nonzero().flatten().tolist() == [7, 8]
-    assert spread_blocks(layout, labelled, 1.0).all()
+
+    def placed(keep, density):
+        return place_blocks(layout, labelled, keep, density).nonzero().flatten().tolist()
+
+    assert placed(0.5, [1.0]) == [0, 2, 4, 7, 8, 10, 12, 14]
+    assert placed(0.125, [1.0]) == [7, 8]
+    assert placed(1.0, [1.0]) == list(range(16))
+    # seven free blocks: 4 and 3; eight: 4 and 4
+    assert placed(0.5, [0.0, 1.0]) == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert placed(0.5, [1.0, 3.0]) == [0, 4, 5, 7, 8, 12, 13, 14]
+    assert placed(0.75, [0.0, 1.0]) == [0, 2, 4, 5, 6, 7, 8, 10, 12, 13, 14, 15]

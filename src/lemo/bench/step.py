@@ -23,6 +23,7 @@ from torch import Tensor
 from lemo.bench import records
 from lemo.bench.cost import TERA, causal_work, matmul_ceiling, step_flop
 from lemo.bench.liger import check_liger, liger_kernels
+from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
 from lemo.bench.step_config import StepConfig, StepMethod, load_step
@@ -34,7 +35,7 @@ from lemo.memory import PeakTracker
 from lemo.memory.tracker import GIB
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
-from lemo.selection.spread import spread_blocks
+from lemo.selection.placement import place_blocks
 from lemo.training.directory import refuse_used
 from lemo.training.job import prepare_model
 from lemo.training.storage import storage_errors
@@ -83,6 +84,11 @@ def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
     device = choose_device(config.device)
     if any(method.method == "lora+ckpt+liger" for method in config.methods):
         check_liger(device)
+    if config.placements is not None:
+        recorded = read_placements(Path(config.placements))
+        for method in config.methods:
+            if method.placement == "recorded" and method.keep is not None:
+                recorded.for_layers(method.keep, 1)
     rows: list[Record] = []
     if resume:
         rows = open_benchmark(config, directory)
@@ -116,7 +122,7 @@ def open_benchmark(config: StepConfig, directory: Path) -> list[Record]:
             raise UserError(f"--output {directory} holds no benchmark to resume; choose another --output")
         return []
     old = load_step(saved)
-    fixed = ("labels", "warm_up", "repeats", "lora", "dtype")
+    fixed = ("labels", "placements", "warm_up", "repeats", "lora", "dtype")
     changed = [name for name in fixed if getattr(old, name) != getattr(config, name)]
     before = {(m.method, m.setting): m for m in old.methods}
     changed += [f"{m.method} {m.setting}" for m in config.methods if before.get((m.method, m.setting), m) != m]
@@ -206,8 +212,11 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
     model.train()
     runtime: Any = get_runtime(model)
     if method.keep is not None:
-        share = method.keep
-        runtime.placement = lambda layout, labelled: spread_blocks(layout, labelled, share)
+        spread = [[1.0]] * place.layers
+        if method.placement == "recorded":
+            spread = read_placements(Path(str(config.placements))).for_layers(method.keep, place.layers)
+        keep = method.keep
+        runtime.placement = lambda layout, labelled, layer: place_blocks(layout, labelled, keep, spread[layer])
     return model
 
 

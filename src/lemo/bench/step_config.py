@@ -44,14 +44,15 @@ class StepMethod(Frozen):
         sparsity: `lemo-backward`'s settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
             about a real model. `spread`: the labelled ones and as many others, evenly spread, as `keep` asks for;
-            choosing is done and paid for all the same.
-        keep: `spread`: share of the blocks kept in every layer.
+            choosing is done and paid for all the same. `recorded`: as `spread`, but spread over the sequence as in a
+            real model's layer at the same relative depth (`StepConfig.placements`).
+        keep: `spread`, `recorded`: share of the blocks kept in every layer.
     """
 
     method: Literal["lora", "lora+ckpt", "lora+ckpt+liger", "lemo-backward"]
     setting: str = "default"
     sparsity: SparsityConfig | None = None
-    placement: Literal["energy", "spread"] = "energy"
+    placement: Literal["energy", "spread", "recorded"] = "energy"
     keep: Share | None = None
 
     @model_validator(mode="after")
@@ -61,9 +62,9 @@ class StepMethod(Frozen):
             raise ValueError(f"sparsity belongs to lemo-backward, which needs it (here: {self.method})")
         if self.sparsity is not None and not self.sparsity.by_energy:
             raise ValueError("lemo-backward needs sparsity.mode backward and policy energy")
-        if (self.placement == "spread") != (self.keep is not None):
-            raise ValueError("placement spread and keep go together")
-        if self.placement == "spread" and not sparse:
+        if (self.placement != "energy") != (self.keep is not None):
+            raise ValueError("keep goes together with placement spread or recorded")
+        if self.placement != "energy" and not sparse:
             raise ValueError(f"placement belongs to lemo-backward (here: {self.method})")
         return self
 
@@ -76,6 +77,7 @@ class StepConfig(Frozen):
         lengths: tokens of the one sequence of a step.
         methods: rows; all are measured in one process, shape by shape.
         labels: labelled tokens, the sequence's last.
+        placements: file of `placement: recorded`, as `python -m benchmarks.record_placement` writes it.
         warm_up: steps before the timed ones.
         repeats: timed steps; median and range are recorded.
         dtype: of the frozen weights; LoRA's are fp32 and steps run under autocast, as in `lemo finetune`.
@@ -87,6 +89,7 @@ class StepConfig(Frozen):
     lengths: tuple[Tokens, ...] = Field(min_length=1)
     methods: tuple[StepMethod, ...] = Field(min_length=1)
     labels: int = Field(default=512, ge=1)
+    placements: str | None = None
     warm_up: int = Field(default=1, ge=0)
     repeats: int = Field(default=3, ge=1)
     lora: LoraConfig = LoraConfig()
@@ -105,6 +108,8 @@ class StepConfig(Frozen):
         for place in places:
             if places.count(place) > 1:
                 raise ValueError(f"two shapes are {place[0]} with layers {place[1]} at {place[2]:,} tokens")
+        if self.placements is None and any(row.placement == "recorded" for row in self.methods):
+            raise ValueError("placement recorded needs placements, a file of recorded ones")
         shortest = min(T for _, _, T in places)
         if self.labels >= shortest:
             raise ValueError(f"labels ({self.labels}) must be fewer than the shortest sequence's tokens ({shortest})")

@@ -46,7 +46,7 @@ class Runtime:
         config: what `sparsify` was given.
         layers: number of decoder layers.
         last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
-        placement: (layout, labelled blocks) -> blocks kept in the chosen ones' place; benchmarks alone set it.
+        placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
 
@@ -59,7 +59,7 @@ class Runtime:
     dense_only: bool = False
     # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
     own_loss: bool = False
-    placement: Callable[[SequenceLayout, Tensor], Tensor] | None = None
+    placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     _fidelities: dict[int, list[float]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Runtime:
                 sink=self.config.keep_sink and not drawn,
             )
             if self.placement is not None:
-                plan = plan_from_blocks(self.placement(state.layout, state.labelled), state.layout)
+                plan = plan_from_blocks(self.placement(state.layout, state.labelled, layer), state.layout)
         self.record(layer, plan, plan)
         return plan
 
