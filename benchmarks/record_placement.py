@@ -36,7 +36,8 @@ def record() -> Placements:
         kind="sft", max_tokens=TOKENS, min_tokens=TOKENS - LABELS - 512, completion_tokens=(LABELS, LABELS)
     )
     rows = build_task(task, tokenizer).train.select(range(SEQUENCES))
-    batches = [Collator.for_tokenizer(tokenizer)([row]).to(device) for row in rows]
+    collate = Collator.for_tokenizer(tokenizer)
+    batches = [{key: value.to(device) for key, value in collate([row]).items()} for row in rows]
     model = restore(prepare_model(base, RunConfig(sparsity=SparsityConfig(mode="dense"))))
     model.train()
     placements = []
