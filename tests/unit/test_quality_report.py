@@ -13,7 +13,7 @@ from html_page import Page
 from lemo.bench.config import MethodConfig, TaskConfig
 from lemo.bench.records import Record, write
 from lemo.errors import UserError
-from lemo.report import build_quality, holds_records, quality_figures
+from lemo.report import build_records, holds_records, quality_figures
 from lemo.report.quality import ABOUT, quality_markdown
 from lemo.report.quality_figures import Box, _place
 from lemo.report.quality_rows import METHODS, TASKS, Row, studies
@@ -26,7 +26,7 @@ POSITIONS = "What training won of the held-out loss, by position"
 
 
 def page_of(directory: Path, records: list[Record]) -> Page:
-    path = build_quality(write_study(directory, records))
+    path = build_records(write_study(directory, records))
     assert path == directory / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -61,7 +61,7 @@ def test_a_study_shows_its_numbers_and_figures(tmp_path: Path) -> None:
 
 def test_every_run_is_listed(tmp_path: Path) -> None:
     records = study()
-    build_quality(write_study(tmp_path / "s", records))
+    build_records(write_study(tmp_path / "s", records))
     text = (tmp_path / "s" / "report.html").read_text()
     runs = text[text.index("Every run, seed by seed") : text.index("Versions and command")]
     assert runs.count("<tr>") == 1 + sum(record.bench == "quality" for record in records)
@@ -79,7 +79,7 @@ def test_retrieval_shows_accuracy_by_depth_and_length(tmp_path: Path) -> None:
 def test_several_files_are_sections_of_one_page_that_loads_nothing(tmp_path: Path) -> None:
     write(study(), tmp_path / "a.jsonl")
     write(study("retrieval", RETRIEVAL), tmp_path / "b.jsonl")
-    text = build_quality(tmp_path).read_text()
+    text = build_records(tmp_path).read_text()
     page = Page(text)
     assert page.labels == [FRONTIER, POSITIONS, FRONTIER, DEPTHS, POSITIONS]
     assert all(target.startswith(("#", "data:image/png;base64,")) for target in page.loads)
@@ -94,15 +94,15 @@ def test_several_files_are_sections_of_one_page_that_loads_nothing(tmp_path: Pat
 
 def test_the_same_records_give_the_same_page_in_any_order(tmp_path: Path) -> None:
     records = study()
-    first = build_quality(write_study(tmp_path / "a", records)).read_bytes()
-    again = build_quality(write_study(tmp_path / "b", records[::-1])).read_bytes()
+    first = build_records(write_study(tmp_path / "a", records)).read_bytes()
+    again = build_records(write_study(tmp_path / "b", records[::-1])).read_bytes()
     assert first == again
 
 
 def test_where_the_report_goes(tmp_path: Path) -> None:
     write(study("lm", SFT[:2]), tmp_path / "x_quality-lm.jsonl")
-    assert build_quality(tmp_path / "x_quality-lm.jsonl") == tmp_path / "x_quality-lm.html"
-    assert build_quality(tmp_path, tmp_path / "other.html") == tmp_path / "other.html"
+    assert build_records(tmp_path / "x_quality-lm.jsonl") == tmp_path / "x_quality-lm.html"
+    assert build_records(tmp_path, tmp_path / "other.html") == tmp_path / "other.html"
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "other.html", "x_quality-lm.html", "x_quality-lm.jsonl",
     ]  # fmt: skip
@@ -198,7 +198,7 @@ def test_text_from_outside_cannot_become_markup(tmp_path: Path) -> None:
         for record in study(rows=SFT[:1])
         if record.bench == "quality"
     ]
-    build_quality(write_study(tmp_path / "s", records))
+    build_records(write_study(tmp_path / "s", records))
     assert "<script" not in (tmp_path / "s" / "report.html").read_text()
 
 
@@ -217,24 +217,24 @@ def test_damage_is_named(tmp_path: Path, changes: dict[str, object], message: st
     for key, value in changes.items():
         setattr(records[0], key, value)
     with pytest.raises(UserError, match=message + ".*; give"):
-        build_quality(write_study(tmp_path / "s", records))
+        build_records(write_study(tmp_path / "s", records))
     assert not (tmp_path / "s" / "report.html").exists()
 
 
 def test_foreign_and_empty_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file or directory; give records that `lemo bench quality` wrote"):
-        build_quality(tmp_path / "absent")
+        build_records(tmp_path / "absent")
     with pytest.raises(UserError, match=r"holds no \.jsonl file"):
-        build_quality(tmp_path)
+        build_records(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="no record of a quality study"):
-        build_quality(tmp_path / "empty.jsonl")
+        build_records(tmp_path / "empty.jsonl")
     write([Record("step", "lora+ckpt")], tmp_path / "step.jsonl")
     with pytest.raises(UserError, match="no record of a quality study"):
-        build_quality(tmp_path / "step.jsonl")
+        build_records(tmp_path / "step.jsonl")
     run = write_run(tmp_path / "run", steps=2, layers=2)
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a benchmark record"):
-        build_quality(run)
+        build_records(run)
 
 
 def test_runs_and_records_are_told_apart(tmp_path: Path) -> None:

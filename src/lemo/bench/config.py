@@ -151,10 +151,7 @@ class QualityConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> QualityConfig:
-        names = [(row.method, row.setting) for row in self.methods]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two rows are {name[0]} with setting {name[1]!r}; name the settings apart")
+        refuse_same_names([(row.method, row.setting) for row in self.methods])
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
         if self.task.kind in ("lm", "extension") and any(row.method == "labels-only" for row in self.methods):
@@ -162,6 +159,13 @@ class QualityConfig(Frozen):
         if any(row.equal_time for row in self.methods) and self.timed_steps == 0:
             raise ValueError("equal_time needs timed_steps over 0")
         return self
+
+
+def refuse_same_names(names: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError where two rows have the same (method, setting)."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two rows are {name[0]} with setting {name[1]!r}; name the settings apart")
 
 
 def load_quality(

@@ -33,7 +33,6 @@ from lemo.training.checks import fingerprint_data
 from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, write_json
 
-FILE = "records.jsonl"
 TASK_FILE = "task.json"
 
 
@@ -67,7 +66,7 @@ def run_study(study: QualityConfig, *, resume: bool = False) -> list[Record]:
         directory.mkdir(parents=True, exist_ok=True)
         save_resolved(study, directory / SAVED_CONFIG)
         write_json(directory / TASK_FILE, facts)
-    book = Book(study, rows, directory / FILE)
+    book = Book(study, rows, directory / records.FILE)
 
     for method in methods if study.timed_steps else ():
         if book.time_of(method) is None:
@@ -113,7 +112,7 @@ def open_study(study: QualityConfig, directory: Path) -> list[Record]:
                 f"--resume: {method.method} with setting {method.setting!r} has other knobs than in {directory}; give "
                 "the new row another setting"
             )
-    path = directory / FILE
+    path = directory / records.FILE
     return records.read(path) if path.is_file() else []
 
 

@@ -18,6 +18,8 @@ import torch
 from lemo.errors import UserError
 from lemo.training.storage import storage_errors, write_text
 
+FILE = "records.jsonl"
+
 
 def commit() -> str:
     """The checkout's commit, with `+changes` if the tree differs from it; `unknown` outside a checkout."""

@@ -34,7 +34,6 @@ from lemo.training.summary import totals
 from lemo.training.trainer import LemoTrainer, training_arguments
 
 WARM_UP = 3
-# Reached by the labelled blocks alone, which go first.
 
 
 @dataclass(frozen=True)

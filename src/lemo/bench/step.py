@@ -26,7 +26,7 @@ from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
-from lemo.bench.step_config import StepConfig, StepMethod, load_step
+from lemo.bench.step_config import LIGER, StepConfig, StepMethod, load_step
 from lemo.config import RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
@@ -40,8 +40,6 @@ from lemo.training.directory import refuse_used
 from lemo.training.job import prepare_model
 from lemo.training.storage import storage_errors
 from lemo.training.summary import versions
-
-FILE = "records.jsonl"
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,12 @@ def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
     console = Console(stderr=True)
     directory = Path(config.output)
     device = choose_device(config.device)
-    if any(method.method == "lora+ckpt+liger" for method in config.methods):
+    if any(method.method == LIGER for method in config.methods):
         check_liger(device)
     if config.placements is not None:
-        recorded = read_placements(Path(config.placements))
-        for method in config.methods:
-            if method.placement == "recorded" and method.keep is not None:
-                recorded.for_layers(method.keep, 1)
+        read_placements(Path(config.placements))
+    for method in config.methods:
+        densities(config, method, 1)
     rows: list[Record] = []
     if resume:
         rows = open_benchmark(config, directory)
@@ -103,7 +100,7 @@ def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
         for method, measured in measure(config, place, missing, device):
             row = record(config, place, method, measured, ceiling)
             rows.append(row)
-            records.write(rows, directory / FILE)
+            records.write(rows, directory / records.FILE)
             told = "out of memory" if measured is None else f"{row.step_ms:,.0f} ms, {measured.peak_gib:.2f} GiB"
             name = f"{place.shape}, {place.layers} layers, {place.T:,} tokens: {method.method} {method.setting}"
             console.print(f"{name}: {told}", highlight=False, soft_wrap=True)
@@ -131,7 +128,7 @@ def open_benchmark(config: StepConfig, directory: Path) -> list[Record]:
             f"--resume: {', '.join(changed)} differ from the benchmark in {directory} ({saved.name}), so its rows "
             "can't be compared with new ones; choose another --output, or give changed methods another setting"
         )
-    path = directory / FILE
+    path = directory / records.FILE
     return records.read(path) if path.is_file() else []
 
 
@@ -161,7 +158,7 @@ def measure(
 
 def _measure(config: StepConfig, place: Place, method: StepMethod, device: str) -> Measured:
     model = wrapped(config, place, method, device)
-    liger = method.method == "lora+ckpt+liger"
+    liger = method.method == LIGER
     with liger_kernels(model.get_base_model()) if liger else nullcontext():
         return _steps(config, place, model, device)
 
@@ -212,12 +209,20 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
     model.train()
     runtime: Any = get_runtime(model)
     if method.keep is not None:
-        spread = [[1.0]] * place.layers
-        if method.placement == "recorded":
-            spread = read_placements(Path(str(config.placements))).for_layers(method.keep, place.layers)
-        keep = method.keep
-        runtime.placement = lambda layout, labelled, layer: place_blocks(layout, labelled, keep, spread[layer])
+        keep, density = method.keep, densities(config, method, place.layers)
+        runtime.placement = lambda layout, labelled, layer: place_blocks(layout, labelled, keep, density[layer])
     return model
+
+
+def densities(config: StepConfig, method: StepMethod, layers: int) -> list[list[float]]:
+    """For each layer, how densely the method's kept blocks lie along the sequence; even unless recorded.
+
+    Raises:
+        UserError: the recording can't be used.
+    """
+    if method.placement != "recorded" or method.keep is None or config.placements is None:
+        return [[1.0]] * layers
+    return read_placements(Path(config.placements)).for_layers(method.keep, layers)
 
 
 def sequence(T: int, vocabulary: int, labels: int, device: str) -> dict[str, Tensor]:

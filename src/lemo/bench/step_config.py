@@ -11,11 +11,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lemo.bench.config import Tokens
+from lemo.bench.config import Tokens, refuse_same_names
 from lemo.config import Frozen, LoraConfig, Share, SparsityConfig
 from lemo.config_io import load
 
 STRONG_BASELINE: Literal["lora+ckpt"] = "lora+ckpt"
+LIGER: Literal["lora+ckpt+liger"] = "lora+ckpt+liger"
 
 
 class StepShape(Frozen):
@@ -100,10 +101,7 @@ class StepConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> StepConfig:
-        names = [(row.method, row.setting) for row in self.methods]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two rows are {name[0]} with setting {name[1]!r}; name the settings apart")
+        refuse_same_names([(row.method, row.setting) for row in self.methods])
         places = [(shape.name, shape.layers, T) for shape in self.shapes for T in shape.lengths or self.lengths]
         for place in places:
             if places.count(place) > 1:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,14 +114,10 @@ def bench_quality(
     with _work(as_json):
         from lemo.bench.quality import run_study
 
-        try:
+        with _rows_kept(study.output):
             rows = run_study(study, resume=resume)
-        except KeyboardInterrupt:
-            raise _InterruptedError(
-                f"stopped; finished rows are in {study.output}: go on with --resume --output {study.output}"
-            ) from None
         path = _report(Path(study.output))
-    _print(as_json, {"records": len(rows), "report": str(path)}, [f"{len(rows)} records", f"report: {path}"])
+    _print_records(as_json, len(rows), path)
 
 
 @bench.command("step")
@@ -139,14 +136,10 @@ def bench_step(
     with _work(as_json):
         from lemo.bench.step import run_steps
 
-        try:
+        with _rows_kept(settings.output):
             rows = run_steps(settings, resume=resume)
-        except KeyboardInterrupt:
-            raise _InterruptedError(
-                f"stopped; finished rows are in {settings.output}: go on with --resume --output {settings.output}"
-            ) from None
         path = _report(Path(settings.output))
-    _print(as_json, {"records": len(rows), "report": str(path)}, [f"{len(rows)} records", f"report: {path}"])
+    _print_records(as_json, len(rows), path)
 
 
 @app.command()
@@ -175,8 +168,23 @@ def _print(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False) if as_json else "\n".join(lines))
 
 
+def _print_records(as_json: bool, count: int, path: Path) -> None:
+    _print(as_json, {"records": count, "report": str(path)}, [f"{count} records", f"report: {path}"])
+
+
 class _InterruptedError(Exception):
     """Ctrl-C during a run; the message says how to go on."""
+
+
+@contextlib.contextmanager
+def _rows_kept(output: str) -> Iterator[None]:
+    """Ctrl-C inside leaves a benchmark's finished rows behind, and says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _InterruptedError(
+            f"stopped; finished rows are in {output}: go on with --resume --output {output}"
+        ) from None
 
 
 def run() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lemo.report.page import build
 
-__all__ = ["build", "build_quality", "build_records", "holds_records"]
+__all__ = ["build", "build_records", "holds_records"]
 
 
 def holds_records(source: Path) -> bool:
@@ -38,13 +38,6 @@ def build_records(source: Path, output: Path | None = None) -> Path:
 
     rows = [row for file in quality.record_paths(source) for row in read(file)]
     steps = step.groups(rows)
-    if not steps or any(row.bench == "quality" for row in rows):
-        return quality.build_quality(source, output)
-    return write_page(step.render(steps, rows), source, output)
-
-
-def build_quality(source: Path, output: Path | None = None) -> Path:
-    """`lemo.report.quality.build_quality`, imported when first used, because records need torch."""
-    from lemo.report import quality
-
-    return quality.build_quality(source, output)
+    of_steps = steps and not any(row.bench == "quality" for row in rows)
+    html = step.render(steps, rows) if of_steps else quality.quality_page(rows, source)
+    return write_page(html, source, output)

@@ -12,11 +12,10 @@ from lemo.bench.config import BASELINE
 from lemo.bench.records import Record
 from lemo.errors import UserError
 from lemo.report import quality_figures as figures
-from lemo.report.page import document, figure, write_page
+from lemo.report.page import document, figure
 from lemo.report.quality_rows import AGAIN, Row, Stat, Study, median_step_ms, peak_gib, studies
 from lemo.report.tables import html_table, versions_table
 
-RECORDS = "records.jsonl"
 ABOUT = {
     "sft": "long prompts, short completions, labels on the completion",
     "lm": "continued pre-training, every token labelled",
@@ -25,26 +24,16 @@ ABOUT = {
 }
 
 
-def build_quality(source: Path, output: Path | None = None) -> Path:
-    """Writes the report of quality studies; an older one is replaced.
-
-    Args:
-        source: a JSONL file of records, or a directory with `records.jsonl` or with several files of records.
-        output: file to write; by default `report.html` in the directory, or beside the file with its name.
-
-    Returns:
-        Path of the report.
+def quality_page(rows: Sequence[Record], source: Path) -> str:
+    """The report of the quality studies among some records, of which `source` is named in messages.
 
     Raises:
-        UserError: no record of bench `quality` there, a damaged one, or no space to write.
+        UserError: no record of bench `quality` among them, or a damaged one.
     """
-    files = record_paths(source)
-    rows = [row for file in files for row in record_files.read(file)]
     found = studies(rows)
     if not found:
         raise UserError(f"{source}: no record of a quality study; {AGAIN}: a JSONL file, or the study's directory")
-    others = sum(row.bench != "quality" for row in rows)
-    return write_page(render(found, others), source, output)
+    return render(found, sum(row.bench != "quality" for row in rows))
 
 
 def record_paths(source: Path) -> list[Path]:
@@ -55,8 +44,8 @@ def record_paths(source: Path) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    if (source / RECORDS).is_file():
-        return [source / RECORDS]
+    if (source / record_files.FILE).is_file():
+        return [source / record_files.FILE]
     found = sorted(source.glob("*.jsonl"))
     if not found:
         what = "holds no .jsonl file" if source.is_dir() else "no such file or directory"
