@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lemo.bench import records, step
+from lemo.bench.liger import liger_kernels
 from lemo.bench.placements import KeepPlacement, Placements
 from lemo.bench.step_config import StepConfig
 from lemo.errors import UserError
 from lemo.models import get_runtime
+from tiny import build
 
 SPREAD = {
     "method": "lemo-backward",
@@ -105,6 +110,28 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         benchmark(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_made_after_ligers_row_are_transformers_own(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger replaces classes in transformers' module, which the next row's model would be made of."""
+    from transformers.models.llama import modeling_llama as module
+
+    names = ("LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb")
+    own = {name: getattr(module, name) for name in names}
+
+    def replace(model: Any) -> None:
+        for name in names:
+            setattr(module, name, object())
+        if fails:
+            raise RuntimeError("no such kernel")
+
+    liger = SimpleNamespace(_apply_liger_kernel_to_instance=replace)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=liger))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    with pytest.raises(RuntimeError) if fails else nullcontext(), liger_kernels(build("llama")):
+        assert all(getattr(module, name) is not own[name] for name in names)
+    assert all(getattr(module, name) is own[name] for name in names)
 
 
 def test_liger_is_refused_where_it_cannot_run(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 from lemo.errors import UserError
 
-_ROTATION = "apply_rotary_pos_emb"
-
 
 def check_liger(device: str) -> None:
     """Refuses Liger's kernels where they can't run.
@@ -30,16 +28,15 @@ def liger_kernels(causal_lm: Any) -> Iterator[None]:
     """Inside, a transformers CausalLM runs with all of Liger's kernels: norms, rotation, SwiGLU, fused linear loss.
 
     Args:
-        causal_lm: the model; it stays patched and must not be used afterwards. The function that Liger replaces in
-            transformers' module is put back.
+        causal_lm: the model; it stays patched and must not be used afterwards. What Liger replaces in transformers'
+            module of the architecture (classes and functions, which later models would be made of) is put back.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    attention = type(causal_lm.get_decoder().layers[0].self_attn).__module__
-    module = sys.modules[attention]
-    rotation = getattr(module, _ROTATION)
+    module = sys.modules[type(causal_lm.get_decoder().layers[0].self_attn).__module__]
+    before = dict(vars(module))
     try:
         _apply_liger_kernel_to_instance(model=causal_lm)
         yield
     finally:
-        setattr(module, _ROTATION, rotation)
+        vars(module).update(before)
