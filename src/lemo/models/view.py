@@ -5,6 +5,7 @@ Modules are looked up at each call, because PEFT replaces linears after a model 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.models.architectures import Architecture
+from lemo.models.lora import fused_adapters
 from lemo.sparse.view import Rotary
 
 
@@ -77,6 +79,11 @@ class ArchitectureView:
         up = getattr(self._mlp_home, self.row.up)
         # up, gate, their product and the activation live at once.
         return 4 * up.out_features * up.weight.element_size()
+
+    def fused_adapters(self) -> AbstractContextManager[None]:
+        attention, home, row = self._attention, self._mlp_home, self.row
+        inner = [getattr(attention, name) for name in (row.query, row.key, row.value, row.output)]
+        return fused_adapters([*inner, *(getattr(home, name) for name in (row.gate, row.up, row.down) if name)])
 
     def attention(self, normed_BTD: Tensor, **kwargs: Any) -> Tensor:
         """The unmodified attention module's output (and hidden dropout), as the layer calls it."""

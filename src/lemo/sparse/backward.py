@@ -27,6 +27,8 @@ from lemo.sparse.dropout import RowDropout, on_rows
 from lemo.sparse.view import LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
 
+_WHOLE = 256
+
 
 @dataclass
 class BackwardCall:
@@ -84,6 +86,7 @@ class _BackwardSparseLayer(torch.autograd.Function):
     def forward(ctx: Any, hidden_BTD: Tensor, call: BackwardCall, *parameters: Tensor) -> Tensor:
         ctx.call = call
         with ExitStack() as stack:
+            stack.enter_context(call.view.fused_adapters())
             dropout = call.dropout()
             if dropout is not None:
                 stack.enter_context(dropout)
@@ -103,6 +106,7 @@ class _BackwardSparseLayer(torch.autograd.Function):
         plan = call.choose(grad_BTD)
         with ExitStack() as stack:
             stack.enter_context(call.autocast_again())
+            stack.enter_context(call.view.fused_adapters())
             dropout = call.dropout()
             if dropout is not None:
                 stack.enter_context(dropout)
@@ -115,18 +119,36 @@ class _BackwardSparseLayer(torch.autograd.Function):
         return grad_hidden, None, *grads
 
 
-def _tiles(rows: int, call: BackwardCall) -> list[slice]:
-    """Row tiles of the MLP: as many rows as fit the budget, whole batch if tiling is off or everything fits."""
+def _tiles(rows: int, row_bytes: int, call: BackwardCall) -> list[slice]:
+    """Row tiles that fit the budget; one of all rows if tiling is off or everything fits."""
     step = rows
     if call.tile_bytes:
-        step = min(rows, max(1, call.tile_bytes // max(1, call.view.mlp_row_bytes)))
+        step = min(rows, max(1, call.tile_bytes // max(1, row_bytes)))
+        # Matrix products work in tiles of up to 256 rows: a part of one costs as much as a whole.
+        if _WHOLE < step < rows:
+            step -= step % _WHOLE
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _normed_in_tiles(hidden_BTD: Tensor, call: BackwardCall) -> Tensor:
+    """The attention branch's norm: its fp32 copies exist for a tile at a time."""
+    hidden_ND = hidden_BTD.reshape(call.layout.rows, -1)
+    # Copied to fp32, squared, scaled.
+    tiles = _tiles(hidden_ND.shape[0], 3 * 4 * hidden_ND.shape[1], call)
+    if len(tiles) == 1:
+        return call.view.attention_norm(hidden_BTD)
+    first = call.view.attention_norm(hidden_ND[tiles[0]])
+    normed_ND = first.new_empty(hidden_ND.shape)
+    normed_ND[tiles[0]] = first
+    for tile in tiles[1:]:
+        normed_ND[tile] = call.view.attention_norm(hidden_ND[tile])
+    return normed_ND.view(hidden_BTD.shape)
 
 
 def _add_mlp_in_tiles(mid_ND: Tensor, call: BackwardCall, dropout: RowDropout | None, pre_norm: bool) -> None:
     """mid += mlp(mid), tile by tile, in place: no full-width intermediate."""
     site = dropout.site if dropout is not None else 0
-    for tile in _tiles(mid_ND.shape[0], call):
+    for tile in _tiles(mid_ND.shape[0], call.view.mlp_row_bytes, call):
         rows = torch.arange(tile.start, tile.stop, device=mid_ND.device)
         with on_rows(dropout, rows, site):
             part = mid_ND[tile]
@@ -134,9 +156,9 @@ def _add_mlp_in_tiles(mid_ND: Tensor, call: BackwardCall, dropout: RowDropout | 
 
 
 def _dense_pre_norm(hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout | None) -> Tensor:
-    if len(_tiles(call.layout.rows, call)) == 1:
+    if len(_tiles(call.layout.rows, call.view.mlp_row_bytes, call)) == 1:
         return call.dense(hidden_BTD)
-    mid = hidden_BTD + call.attend(call.view.attention_norm(hidden_BTD))
+    mid = hidden_BTD + call.attend(_normed_in_tiles(hidden_BTD, call))
     _add_mlp_in_tiles(mid.view(call.layout.rows, -1), call, dropout, pre_norm=True)
     return mid
 

@@ -6,6 +6,7 @@ the rows at hand, or None. Projections, norms and MLPs are called as modules, so
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class LayerView(Protocol):
     @property
     def mlp_row_bytes(self) -> int:
         """Bytes one row's activations take inside the MLP."""
+
+    def fused_adapters(self) -> AbstractContextManager[None]:
+        """Inside, adapters of the layer's linears that are recognised run fused with them (`lemo.models.lora`)."""
 
     def attention_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the attention branch."""

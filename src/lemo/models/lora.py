@@ -1,0 +1,90 @@
+"""PEFT's LoRA layers, made to add their product in place while a sparse layer runs (`lemo.sparse.low_rank`).
+
+Only where it is the same sum in another order of rounding: plain LoRA around a linear, in half precision. In fp32 PEFT's
+own code runs, so that hidden states stay bitwise the unmodified model's. Whatever isn't recognised (DoRA, dropout in effect,
+an adapter switched off or merged, another kind of layer) runs PEFT's own code too, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lemo.sparse.low_rank import add_low_rank
+
+_HALF = (torch.float16, torch.bfloat16)
+_log = logging.getLogger("lemo")
+
+
+@contextmanager
+def fused_adapters(linears: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, those of `linears` that are plain LoRA layers add their product in place.
+
+    Their instances get another `forward` meanwhile; their base linears are called as modules.
+    """
+    changed = [module for module in linears if _recognised(module)]
+    for module in changed:
+        module.__dict__["forward"] = functools.partial(_forward, module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.__dict__.pop("forward", None)
+
+
+def _recognised(module: nn.Module) -> bool:
+    if not isinstance(module, LoraLayer) or "forward" in module.__dict__:
+        return False
+    reason = _reason_against(module)
+    if reason:
+        _note(reason)
+    return reason is None
+
+
+def _reason_against(layer: Any) -> str | None:
+    if type(layer) is not LoraLinear:
+        return f"{type(layer).__module__}.{type(layer).__qualname__} isn't PEFT's plain LoRA linear"
+    if layer.disable_adapters or layer.merged:
+        return "the adapter is switched off or merged"
+    for name in _active(layer):
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if name in layer.lora_variant:
+            return f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
+            return "LoRA matrices with a bias, or that aren't linears"
+        if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0:
+            return "LoRA dropout"
+        if not isinstance(dropout, nn.Identity | nn.Dropout):
+            return f"LoRA dropout of type {type(dropout).__name__}"
+    return None
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    _log.info("LoRA's product isn't fused with its linear: %s", reason)
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    device = x.device.type
+    computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # Arguments are `adapter_names` and what variants take. With gradients only rows of tokens: in-place autograd on a
+    # view copies it.
+    if args or kwargs or computes_in not in _HALF or (torch.is_grad_enabled() and x.dim() != 2):
+        return type(layer).forward(layer, x, *args, **kwargs)
+    y = layer.base_layer(x)
+    y_NO, x_NI = (y, x) if x.dim() == 2 else (y.flatten(0, -2), x.flatten(0, -2))
+    for name in _active(layer):
+        y_NO = add_low_rank(y_NO, x_NI, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    return y_NO.view(y.shape)

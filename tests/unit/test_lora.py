@@ -1,0 +1,169 @@
+"""LoRA's product fused with its linear: equal to PEFT's own, only where it is plain LoRA in half precision."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lemo.models import lora
+from lemo.models.lora import fused_adapters
+from lemo.sparse.low_rank import add_low_rank
+
+
+class Two(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 40, bias=bias), nn.Linear(40, 24, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.silu(self.up(x)))
+
+
+def adapted(bias: bool = True, **options: Any) -> Any:
+    torch.manual_seed(0)
+    values = {"r": 4, "lora_alpha": 10, "target_modules": ["up", "down"], "init_lora_weights": False}
+    return get_peft_model(Two(bias), LoraConfig(**(values | options))).base_model.model
+
+
+def linears(model: Any) -> list[nn.Module]:
+    return [model.up, model.down]
+
+
+def run(model: Any, x: Tensor, fused: bool, dtype: torch.dtype | None) -> list[Tensor]:
+    """Output, gradient of x, and of every parameter that has one."""
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        if fused:
+            with fused_adapters(linears(model)):
+                out = model(leaf)
+        else:
+            out = model(leaf)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+    return [out.detach(), leaf.grad, *[p.grad.clone() for p in model.parameters() if p.grad is not None]]
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    calls = []
+
+    def noted(*arguments: Any) -> Tensor:
+        calls.append(tuple(arguments[1].shape))
+        return add_low_rank(*arguments)
+
+    monkeypatch.setattr(lora, "add_low_rank", noted)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_further_from_fp32_than_pefts_own(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(bias), torch.randn(2000, 24)
+    exact = run(model, x, False, None)
+    own = run(model, x, False, torch.bfloat16)
+    calls = spy(monkeypatch)
+    fused = run(model, x, True, torch.bfloat16)
+    assert calls == [(2000, 24), (2000, 40)]
+    assert len(exact) == len(own) == len(fused) == 6
+    ratios = []
+    for right, low, found in zip(exact, own, fused, strict=True):
+        assert (found.shape, found.dtype) == (low.shape, low.dtype)
+        ratios.append(float((found - right).norm() / (low - right).norm()))
+    # Output and gradient of x have many numbers; a parameter's gradient is a sum, so its error is one draw of noise.
+    assert 0 < max(ratios[:2]) <= 1, ratios
+    assert max(ratios[2:]) <= 1.6, ratios
+    assert sum(ratios[2:]) / 4 <= 1.15, ratios
+
+
+def test_exact_in_fp64() -> None:
+    y, x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (5, 6), (3, 6), (7, 3)))
+    wanted = torch.autograd.grad((y * 1 + 0.5 * (x @ a.T) @ b.T).square().sum(), (y, x, a, b))
+    found = torch.autograd.grad(add_low_rank(y * 1, x, a, b, 0.5).square().sum(), (y, x, a, b))
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    torch.autograd.gradcheck(lambda *t: add_low_rank(t[0] * 1, *t[1:], 0.5), (y, x, a, b))
+
+
+def test_half_precision_weights_without_autocast_and_batches_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted().to(torch.bfloat16), torch.randn(2, 9, 24).to(torch.bfloat16)
+    calls = spy(monkeypatch)
+    with torch.no_grad():
+        own = model(x)
+        with fused_adapters(linears(model)):
+            found = model(x)
+    assert calls == [(18, 24), (18, 40)]
+    assert found.shape == own.shape
+    torch.testing.assert_close(found, own, rtol=2e-2, atol=2e-2)
+    # With gradients a batch goes PEFT's way.
+    with fused_adapters(linears(model)):
+        assert model(x).requires_grad
+    assert len(calls) == 2
+
+
+def test_fp32_is_bitwise_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(), torch.randn(9, 24)
+    calls = spy(monkeypatch)
+    for left, right in zip(run(model, x, True, None), run(model, x, False, None), strict=True):
+        assert torch.equal(left, right)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_dora": True}, "a variant of LoRA (DoraLinearVariant)"),
+        ({"lora_dropout": 0.5}, "LoRA dropout"),
+        ({"lora_bias": True}, "LoRA matrices with a bias, or that aren't linears"),
+    ],
+)
+def test_other_adapters_run_pefts_code_and_the_log_says_so(
+    options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora._note.cache_clear()
+    model, x = adapted(**options), torch.randn(9, 24)
+    calls = spy(monkeypatch)
+    with caplog.at_level(logging.INFO, "lemo"):
+        for _ in range(2):
+            run(model, x, True, torch.bfloat16)
+    assert not calls
+    assert [record.getMessage() for record in caplog.records] == [f"LoRA's product isn't fused with its linear: {said}"]
+
+
+def test_an_adapter_switched_off_or_merged_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(), torch.randn(9, 24)
+    calls = spy(monkeypatch)
+    for change in ("off", "merged"):
+        for layer in linears(model):
+            layer.enable_adapters(change != "off")
+            if change == "merged":
+                layer.merge()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            own = model(x)
+            with fused_adapters(linears(model)):
+                assert torch.equal(model(x), own)
+    assert not calls
+
+
+def test_dropout_that_is_off_and_two_active_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(lora_dropout=0.5).eval(), torch.randn(9, 24)
+    for layer in linears(model):
+        layer.update_layer("second", 2, lora_alpha=3, config=LoraConfig(r=2, lora_alpha=3, init_lora_weights=False))
+        layer.set_adapter(["default", "second"])
+    calls = spy(monkeypatch)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        own = model(x)
+        with fused_adapters(linears(model)):
+            found = model(x)
+    assert len(calls) == 4
+    torch.testing.assert_close(found, own, rtol=3e-2, atol=3e-2)
+
+
+def test_layers_are_left_as_they_were() -> None:
+    model = adapted()
+    with pytest.raises(RuntimeError, match="stop"), fused_adapters(linears(model)):
+        assert all("forward" in layer.__dict__ for layer in linears(model))
+        raise RuntimeError("stop")
+    assert not any("forward" in layer.__dict__ for layer in linears(model))
