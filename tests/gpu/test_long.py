@@ -10,14 +10,17 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemo
+from lemo.kernels import dispatch
 from lemo.models import get_runtime
+from lemo.selection.placement import place_blocks
+from lemo.sparse import attention
 
 pytestmark = pytest.mark.gpu
 
 T, LABELS = 8192, 512
 
 
-def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
+def build(dtype: torch.dtype, device: torch.device, tokens: int = T) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -26,14 +29,14 @@ def build(dtype: torch.dtype, device: torch.device) -> nn.Module:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=2,
-        max_position_embeddings=T,
+        max_position_embeddings=tokens,
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).to(device=device, dtype=dtype).train()
 
 
-def batch(device: torch.device) -> dict[str, torch.Tensor]:
-    ids = torch.randint(4096, (1, T), generator=torch.Generator().manual_seed(1)).to(device)
+def batch(device: torch.device, tokens: int = T) -> dict[str, torch.Tensor]:
+    ids = torch.randint(4096, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
     labels = ids.clone()
     labels[:, :-LABELS] = -100
     return {"input_ids": ids, "labels": labels}
@@ -57,6 +60,38 @@ def test_bf16_gradients_are_as_close_to_fp32_as_the_dense_models(device: torch.d
     error = ((found - exact).norm() / exact.norm()).item()
     assert error <= 1.1 * own + 1e-3, (error, own)
     assert loss.item() == pytest.approx(dense_loss.item(), rel=1e-3)
+
+
+def test_attention_by_rectangles_is_as_close_to_fp32_as_our_kernels(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same blocks kept in all three, so that only the arithmetic differs."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("rectangles are cut on Hopper only")
+    tokens = 4 * T
+    inputs = batch(device, tokens)
+
+    def run(dtype: torch.dtype, by_library: bool) -> torch.Tensor:
+        used: list[int] = []
+
+        def noted(q: torch.Tensor) -> bool:
+            used.append(q.shape[1])
+            return by_library and dispatch.prefix_by_library(q)
+
+        monkeypatch.setattr(attention, "prefix_by_library", noted)
+        config = lemo.SparsityConfig(block_size=64, kv_grad="all")
+        model = lemo.sparsify(build(dtype, device, tokens), config)
+        runtime = get_runtime(model)
+        assert runtime is not None
+        runtime.placement = lambda layout, labelled, layer: place_blocks(layout, labelled, 0.5, [1.0])
+        _, found = gradients(model, inputs)
+        assert used == [tokens // 2] * 4
+        return found
+
+    exact, own, found = run(torch.float32, False), run(torch.bfloat16, False), run(torch.bfloat16, True)
+    assert not torch.equal(own, found), "no rectangle was cut"
+    errors = [float((x - exact).norm() / exact.norm()) for x in (found, own)]
+    assert errors[0] <= 1.1 * errors[1] + 1e-3, errors
 
 
 @pytest.mark.parametrize("kv_grad", ["all", "kept"])

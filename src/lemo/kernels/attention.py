@@ -65,7 +65,8 @@ def attention_backward(
     grad_NHd = grad_NHd.contiguous()
     delta = torch.empty_like(lse_HN)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q_HNd, k_KMd, v_KMd))
-    constants = _constants(q_HNd, k_KMd)
+    # Two tiles in flight, not three: 360 against 303 TFLOP/s on an H100 at d = 128; the forward is faster with three.
+    constants = _constants(q_HNd, k_KMd) | {"num_stages": 2}
     strides = (*q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0))
     if N:
         _backward_queries[(triton.cdiv(N, _ROWS), H)](

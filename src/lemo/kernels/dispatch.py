@@ -35,6 +35,34 @@ def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | Non
     return None
 
 
+def prefix_by_library(q: Tensor) -> bool:
+    """Whether rectangles of the attention of selected rows go to cuDNN; logged once for every reason."""
+    reason = _reason_against_library(q)
+    _note_prefix("Triton" if reason else "cuDNN", reason)
+    return reason is None
+
+
+def _reason_against_library(q: Tensor) -> str | None:
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device.type}"
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "it was measured faster on Hopper GPUs only"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"cuDNN takes fp16 and bf16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"cuDNN takes head sizes up to 128 in steps of 8, not {q.shape[-1]}"
+    if not torch.backends.cuda.cudnn_sdp_enabled() or not torch.backends.cudnn.is_available():
+        return "cuDNN's attention is switched off"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms were asked for"
+    return None
+
+
+@functools.cache
+def _note_prefix(backend: str, reason: str | None) -> None:
+    _log.info("keys that many selected rows see: %s%s", backend, f" ({reason})" if reason else "")
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

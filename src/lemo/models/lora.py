@@ -1,8 +1,9 @@
 """PEFT's LoRA layers, made to add their product in place while a sparse layer runs (`lemo.sparse.low_rank`).
 
-Only where it is the same sum in another order of rounding: plain LoRA around a linear, in half precision. In fp32 PEFT's
-own code runs, so that hidden states stay bitwise the unmodified model's. Whatever isn't recognised (DoRA, dropout in effect,
-an adapter switched off or merged, another kind of layer) runs PEFT's own code too, and the log says so once.
+Only where it is the same sum in another order of rounding: plain LoRA around a linear, in half precision. In fp32
+PEFT's own code runs, so that hidden states stay bitwise the unmodified model's. Whatever isn't recognised (DoRA,
+dropout in effect, an adapter switched off or merged, another kind of layer) runs PEFT's own code too, and the log says
+so once.
 """
 
 from __future__ import annotations

@@ -2,24 +2,28 @@
 
 Original positions decide what a query sees, so that causality, sliding windows and document boundaries hold for any
 selection of rows, and nothing of size T·T exists (DESIGN 4.3). On a GPU a kernel is told each query's first and last
-key; the torch path builds masks, one chunk of queries at a time.
+key, and what many queries see in common can go to cuDNN (`lemo.kernels.prefix`); the torch path builds masks, one chunk
+of queries at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lemo.kernels.dispatch import attention_backend
+from lemo.kernels.dispatch import attention_backend, prefix_by_library
 from lemo.sparse.dropout import RowDropout, attention_with_dropout
 from lemo.sparse.view import LayerView
 from lemo.types import SequenceLayout, TokenPlan
+
+if TYPE_CHECKING:
+    from lemo.kernels.prefix import Rectangle
 
 # Queries of one chunk: few, so that a chunk's keys end soon after its last query and little masked work is done, and
 # so few that its mask stays small; many enough to fill a kernel.
@@ -55,7 +59,12 @@ def attend_rows(
     whole = view.window is None and _same_rows(queries, keys, layout)
     if N and not whole and attention_backend(q_HNd, k_KMd, v_KMd, site is not None) == "triton":
         bounds = _key_bounds(queries, keys, layout, view.window)
-        return _RowAttention.apply(q_HNd, k_KMd, v_KMd, *bounds, view.scaling).reshape(N, -1)
+        rectangles: tuple[Rectangle, ...] = ()
+        if keys is None and view.window is None and prefix_by_library(q_HNd):
+            from lemo.kernels.prefix import cut_rectangles
+
+            rectangles = cut_rectangles(layout.documents, queries.cu_seqlens, queries.host_rows, H)
+        return _RowAttention.apply(q_HNd, k_KMd, v_KMd, *bounds, view.scaling, rectangles).reshape(N, -1)
     parts = []
     for index, (first, end) in enumerate(layout.documents):
         n0, n1 = queries.cu_seqlens[index : index + 2]
@@ -105,22 +114,31 @@ def _key_bounds(
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, lo_N: Tensor, hi_N: Tensor, scale: float
+        ctx: Any,
+        q_HNd: Tensor,
+        k_KMd: Tensor,
+        v_KMd: Tensor,
+        lo_N: Tensor,
+        hi_N: Tensor,
+        scale: float,
+        rectangles: tuple[Rectangle, ...],
     ) -> Tensor:
-        from lemo.kernels.attention import attention_forward
+        from lemo.kernels import prefix
 
-        out, lse = attention_forward(q_HNd, k_KMd, v_KMd, lo_N, hi_N, scale)
-        ctx.save_for_backward(q_HNd, k_KMd, v_KMd, out, lse, lo_N, hi_N)
-        ctx.scale = scale
-        return out
+        done = prefix.forward(q_HNd, k_KMd, v_KMd, lo_N, hi_N, scale, rectangles)
+        ctx.save_for_backward(q_HNd, k_KMd, v_KMd, done.out, done.lse, done.strip_lo, hi_N)
+        ctx.scale, ctx.rectangles, ctx.states = scale, rectangles, done.states
+        return done.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NHd: Tensor) -> tuple[Tensor | None, ...]:
-        from lemo.kernels.attention import attention_backward
+        from lemo.kernels import prefix
 
-        q, k, v, out, lse, lo, hi = ctx.saved_tensors
-        return *attention_backward(grad_NHd, q, k, v, out, lse, lo, hi, ctx.scale), None, None, None
+        q, k, v, out, lse, strip_lo, hi = ctx.saved_tensors
+        done = prefix.Done(out, lse, strip_lo, ctx.states)
+        grads = prefix.backward(grad_NHd, q, k, v, done, hi, ctx.scale, ctx.rectangles)
+        return *grads, None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A LoRA layer's product added in place: y += s (x Aᵀ) Bᵀ.
 
-PEFT computes it as written: a copy of x in the adapter's fp32, the product in full width, its scaled copy, the sum. Here
-the product accumulates onto y inside one matrix product: at Llama-3-8B's width and 64K tokens 15 GB of traffic a layer
-in place of 60 (an estimate from the shapes), and x is stored once, in the dtype the linear computes in.
+PEFT computes it as written: a copy of x in the adapter's fp32, the product in full width, its scaled copy, the sum.
+Here the product accumulates onto y inside one matrix product, and x is stored once, in the dtype the linear computes
+in. By the shapes of Llama-3-8B at 64K tokens that is 15 GB of traffic a layer in place of 60.
 
 Shapes: N rows, I and O the linear's widths, r rank.
 """
