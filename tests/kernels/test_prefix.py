@@ -1,6 +1,6 @@
 """Rectangles of attention given to a library: where they are cut, and that the parts are the whole.
 
-On a CPU the library's place is taken by its plain twin; `gpu/test_prefix.py` runs cuDNN.
+On a CPU the library's place is taken by its plain twin; `gpu/test_rectangles.py` runs cuDNN.
 """
 
 from __future__ import annotations
