@@ -20,13 +20,15 @@ ROWS = torch.cat([torch.arange(0, 20480, 4), torch.arange(20480, 30000, 8), torc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "d"), [((32, 8), 128), ((9, 3), 64), ((8, 8), 80)], ids=str)
-def test_errors_are_those_of_our_kernels(heads: tuple[int, int], d: int, dtype: torch.dtype) -> None:
+def test_errors_are_those_of_our_kernels(
+    heads: tuple[int, int], d: int, dtype: torch.dtype, device: torch.device
+) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("rectangles are cut on Hopper only")
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(n: int, h: int) -> Tensor:
-        return torch.randn(n, h, d, generator=generator, device="cuda")
+        return torch.randn(n, h, d, generator=generator, device=device)
 
     M, N = DOCUMENTS[-1][1], len(ROWS)
     exact = (
@@ -37,7 +39,7 @@ def test_errors_are_those_of_our_kernels(heads: tuple[int, int], d: int, dtype: 
     low = tuple(x.to(dtype) for x in exact)
     grad = normal(N, heads[0])
     cu_seqlens = (0, int((DOCUMENTS[0][1] > ROWS).sum()), N)
-    rows = ROWS.to("cuda")
+    rows = ROWS.to(device)
     lo = torch.where(rows < DOCUMENTS[0][1], 0, DOCUMENTS[1][0]).int()
     hi, scale = rows.int(), d**-0.5
     assert prefix_by_library(low[0])

@@ -112,6 +112,19 @@ def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None
         benchmark(tmp_path, **changes)
 
 
+def test_parts_of_a_step(tmp_path: Path) -> None:
+    dense, sparse = step.run_steps(benchmark(tmp_path / "b", parts=True))
+    assert dense.details is not None
+    assert sparse.details is not None
+    whole, parts = dense.details["parts_ms"], sparse.details["parts_ms"]
+    assert {"rest attention", "rest linears", "loss linears", "optimizer other"} <= set(whole)
+    named = {f"{name} {kind}" for name in ("forward", "recompute", "backward") for kind in ("attention", "linears")}
+    assert named | {"selection other", "keys and values linears", "compensation other"} <= set(parts)
+    # What operations are counted for is timed too.
+    assert set(sparse.details["parts_tflop"]) <= set(parts)
+    assert all(ms > 0 for ms in (*whole.values(), *parts.values()))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_models_made_after_ligers_row_are_transformers_own(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger replaces classes in transformers' module, which the next row's model would be made of."""

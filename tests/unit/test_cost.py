@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lemo.bench.cost import causal_work, step_flop
+from lemo.bench.cost import causal_work, part_flop, step_flop
 from lemo.selection.layout import build_layout
 from lemo.selection.ranking import plan_from_blocks
 
@@ -24,6 +24,14 @@ def test_everything_kept_costs_what_checkpointing_costs() -> None:
     arguments = ("llama-3-8b", 8, 65536, 512)
     assert step_flop(*arguments, "lemo-backward") == pytest.approx(step_flop(*arguments, "lora+ckpt"))
     assert step_flop(*arguments, "lemo-backward", 0.25, 0.25) < 0.55 * step_flop(*arguments, "lora+ckpt")
+
+
+def test_parts_are_the_whole() -> None:
+    parts = part_flop("llama-3-8b", 8, 65536, 512, 0.25, 0.3)
+    assert sum(parts.values()) == pytest.approx(step_flop("llama-3-8b", 8, 65536, 512, "lemo-backward", 0.25, 0.3))
+    assert parts["backward attention"] == pytest.approx(2.5 * parts["recompute attention"])
+    # Keys and values are a twenty-sixth of Llama-3-8B's linears.
+    assert parts["keys and values linears"] / parts["forward linears"] == pytest.approx(1 / 26)
 
 
 @pytest.mark.parametrize(("rows", "share"), [(range(8), 1.0), ([6, 7], 15 / 36), ([0, 1], 3 / 36)])

@@ -63,6 +63,25 @@ def test_page(tmp_path: Path) -> None:
     assert text.count("<svg") == 1  # only four layers were measured at two lengths
 
 
+def test_parts_stand_in_a_steps_order_beside_their_floor(tmp_path: Path) -> None:
+    one = row("lemo-backward", 64, 4, 20.0, 2.0)
+    assert one.details is not None
+    one.details["parts_ms"] = {
+        "backward linears": 6.0,
+        "forward linears": 8.0,
+        "rest other": 1.0,
+        "selection other": 1.0,
+    }
+    one.details["parts_tflop"] = {"backward linears": 0.004, "forward linears": 0.006}
+    text = step_markdown([one])
+    order = ["forward linears | 8.0 | 40.0% | 6.0", "selection other | 1.0 | 5.0% | n/a"]
+    order += ["backward linears | 6.0 | 30.0% | 4.0", "rest other | 1.0 | 5.0%", "in no part | 4.0 | 20.0%"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+    records.write([one], tmp_path / "records.jsonl")
+    assert "Where a step of lemo-backward goes" in build_records(tmp_path).read_text(encoding="utf-8")
+
+
 def test_damaged_records_are_refused(tmp_path: Path) -> None:
     bad = row("lora", 64, 4, 1.0)
     bad.details = {"layers": 4}

@@ -36,21 +36,46 @@ def step_flop(shape: str, layers: int, T: int, labels: int, method: str, keep: f
         keep: `lemo-backward`: share of tokens kept.
         work: `lemo-backward`: s, see `causal_work`.
     """
-    values = SHAPES[shape]
-    D, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
-    d = values.get("head_dim", D // heads)
-    key_value = 2 * T * 2 * D * kv_heads * d
-    linear = key_value + 2 * T * (2 * D * heads * d + 3 * D * values["intermediate_size"])
-    attention = 2 * T * (T + 1) * heads * d  # q·k and p·v, each 2·d for each visible pair
-    head = 3 * 2 * (T if "liger" in method else labels) * D * values["vocab_size"]
     if method == "lemo-backward":
-        # Keys and values aren't recomputed for kept rows twice: 2·keep counts theirs already.
-        a_layer = linear * (1 + 2 * keep) + 2 * (1 - keep) * key_value + attention * (1 + 3.5 * work)
-    elif method == "lora":
-        a_layer = 2 * linear + 3.5 * attention
-    else:
-        a_layer = 3 * linear + 4.5 * attention
-    return float(layers * a_layer + head)
+        return sum(part_flop(shape, layers, T, labels, keep, work).values())
+    unit = _Units(shape, T)
+    linear, attention = (2, 3.5) if method == "lora" else (3, 4.5)
+    head = unit.head(T if "liger" in method else labels)
+    return layers * (linear * unit.linear + attention * unit.attention) + head
+
+
+def part_flop(shape: str, layers: int, T: int, labels: int, keep: float, work: float) -> dict[str, float]:
+    """Operations of `lemo-backward`'s step by part and kind, as `lemo.bench.parts` names them; arguments as above."""
+    unit = _Units(shape, T)
+    kept = keep * (unit.linear - unit.key_value)
+    a_layer = {
+        "forward attention": unit.attention,
+        "forward linears": unit.linear,
+        "keys and values linears": unit.key_value,
+        "recompute attention": work * unit.attention,
+        "recompute linears": kept,
+        "backward attention": 2.5 * work * unit.attention,
+        "backward linears": kept + unit.key_value,
+    }
+    return {**{name: layers * flop for name, flop in a_layer.items()}, "loss linears": unit.head(labels)}
+
+
+class _Units:
+    """Operations of one layer's dense forward."""
+
+    def __init__(self, shape: str, T: int) -> None:
+        values = SHAPES[shape]
+        D, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
+        d = values.get("head_dim", D // heads)
+        self.key_value = float(2 * T * 2 * D * kv_heads * d)
+        self.linear = self.key_value + 2 * T * (2 * D * heads * d + 3 * D * values["intermediate_size"])
+        # q·k and p·v, each 2·d for each visible pair.
+        self.attention = float(2 * T * (T + 1) * heads * d)
+        self._a_row = 3 * 2 * D * values["vocab_size"]
+
+    def head(self, rows: int) -> float:
+        """The language-model head's products with the loss of so many rows, forward and backward."""
+        return float(rows * self._a_row)
 
 
 def causal_work(plans: Iterable[TokenPlan], T: int) -> float:

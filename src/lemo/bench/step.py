@@ -21,8 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from lemo.bench import records
-from lemo.bench.cost import TERA, causal_work, matmul_ceiling, step_flop
+from lemo.bench.cost import TERA, causal_work, matmul_ceiling, part_flop, step_flop
 from lemo.bench.liger import check_liger, liger_kernels
+from lemo.bench.parts import time_parts
 from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
@@ -36,6 +37,7 @@ from lemo.memory.tracker import GIB
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.selection.placement import place_blocks
+from lemo.sparse.parts import part
 from lemo.training.directory import refuse_used
 from lemo.training.job import prepare_model
 from lemo.training.storage import storage_errors
@@ -53,7 +55,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of one row; seconds, GiB. `work`: kept queries' share of the causal attention work."""
+    """Steps of one row; seconds, GiB, milliseconds. `work`: kept queries' share of the causal attention work."""
 
     step_s: tuple[float, ...]
     keep: float
@@ -62,6 +64,7 @@ class Measured:
     peak_gib: float
     peak_reserved_gib: float | None
     weights_gib: float | None
+    parts_ms: dict[str, float] | None
 
 
 def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
@@ -119,7 +122,7 @@ def open_benchmark(config: StepConfig, directory: Path) -> list[Record]:
             raise UserError(f"--output {directory} holds no benchmark to resume; choose another --output")
         return []
     old = load_step(saved)
-    fixed = ("labels", "placements", "warm_up", "repeats", "lora", "dtype")
+    fixed = ("labels", "placements", "warm_up", "repeats", "parts", "lora", "dtype")
     changed = [name for name in fixed if getattr(old, name) != getattr(config, name)]
     before = {(m.method, m.setting): m for m in old.methods}
     changed += [f"{m.method} {m.setting}" for m in config.methods if before.get((m.method, m.setting), m) != m]
@@ -171,16 +174,21 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
     batch = sequence(place.T, model.config.vocab_size, config.labels, device)
     tracker = PeakTracker(device)
     seconds = []
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = model(**batch).loss
+        loss.backward()
+        with part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
     for number in range(config.warm_up + config.repeats):
         if number == config.warm_up:
             tracker.reset()
             runtime.collect()
         with _timed(device) as timer:
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
         if number >= config.warm_up:
             seconds.append(timer[0])
     stats, peak = runtime.collect(), tracker.read()
@@ -193,6 +201,7 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
         peak.peak_reserved_gib,
         # A CPU's peak is that of the whole process, from which nothing can be taken.
         weights / GIB if device != "cpu" else None,
+        time_parts(step, device) if config.parts else None,
     )
 
 
@@ -240,7 +249,8 @@ def record(
     """A row.
 
     `details`: `layers` it has and `full_depth`; `weights_gib`; `out_of_memory`; `tflop` of the step by
-    `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products.
+    `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products; with `parts`, `parts_ms` of one step,
+    and of `lemo-backward` `parts_tflop`.
     """
     row = Record(
         bench="step",
@@ -272,6 +282,11 @@ def record(
         cost = step_flop(place.shape, place.layers, place.T, config.labels, method.method, measured.keep, measured.work)
         row.details["tflop"] = cost / TERA
         row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
+        if measured.parts_ms is not None:
+            row.details["parts_ms"] = measured.parts_ms
+        if measured.parts_ms is not None and method.method == "lemo-backward":
+            flop = part_flop(place.shape, place.layers, place.T, config.labels, measured.keep, measured.work)
+            row.details["parts_tflop"] = {name: value / TERA for name, value in flop.items()}
     return row
 
 

@@ -81,6 +81,7 @@ class StepConfig(Frozen):
         placements: file of `placement: recorded`, as `python -m benchmarks.record_placement` writes it.
         warm_up: steps before the timed ones.
         repeats: timed steps; median and range are recorded.
+        parts: one more step of each row under the profiler, whose time is recorded by part.
         dtype: of the frozen weights; LoRA's are fp32 and steps run under autocast, as in `lemo finetune`.
         commit: recorded in every row; None asks git.
         output: directory of `records.jsonl`, `report.html` and the resolved `config.yaml`.
@@ -93,6 +94,7 @@ class StepConfig(Frozen):
     placements: str | None = None
     warm_up: int = Field(default=1, ge=0)
     repeats: int = Field(default=3, ge=1)
+    parts: bool = False
     lora: LoraConfig = LoraConfig()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -19,6 +19,7 @@ from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
 from lemo.sparse import backward, forward
+from lemo.sparse.parts import part
 from lemo.sparse.view import Rotary
 
 RUNTIME = "_lemo_runtime"
@@ -53,7 +54,8 @@ class SparseCausalLM:
             # A row predicts its successor; the last of a sequence predicts nothing.
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         targets = shifted.flatten().to(hidden_ND.device)
-        loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)
+        with part("loss"):
+            loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)
         output = CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
         return output.to_tuple() if as_tuple else output
 

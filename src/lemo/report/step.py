@@ -31,7 +31,10 @@ _HEADS = (
     "ratio",
     "of ceiling",
 )
-_WORDS = ("method",)
+_WORDS = ("method", "part")
+_PARTS_HEADS = ("part", "ms", "of the step", "its operations at the ceiling, ms")
+# As a step goes through them.
+_PARTS = ("forward", "loss", "selection", "keys and values", "recompute", "compensation", "backward", "optimizer")
 
 
 class Details(BaseModel):
@@ -45,6 +48,8 @@ class Details(BaseModel):
     out_of_memory: bool
     tflop: float | None
     ceiling_tflop_per_s: float | None
+    parts_ms: dict[str, float] = {}
+    parts_tflop: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Line:
     Attributes:
         name: method and setting.
         of_ceiling: operations a second the step needs at least / those of the device's matrix products.
+        parts: (part, ms, ms its operations take at the ceiling) of one step, as it goes; empty if not taken.
         step_ms, low_ms, high_ms: median and range; an extrapolation has no range. None where memory ran out.
     """
 
@@ -66,6 +72,7 @@ class Line:
     peak_gib: float | None = None
     weights_gib: float | None = None
     of_ceiling: float | None = None
+    parts: tuple[tuple[str, float, float | None], ...] = ()
 
     @property
     def is_baseline(self) -> bool:
@@ -157,7 +164,18 @@ def _line(record: Record, details: Details) -> Line:
         peak_gib=record.peak_gib,
         weights_gib=details.weights_gib,
         of_ceiling=of_ceiling,
+        parts=_parts(details),
     )
+
+
+def _parts(details: Details) -> tuple[tuple[str, float, float | None], ...]:
+    def floor(name: str) -> float | None:
+        tflop = details.parts_tflop.get(name)
+        return 1000 * tflop / details.ceiling_tflop_per_s if tflop and details.ceiling_tflop_per_s else None
+
+    order = {name: index for index, name in enumerate(_PARTS)}
+    names = sorted(details.parts_ms, key=lambda name: (order.get(name.rpartition(" ")[0], len(order)), name))
+    return tuple((name, details.parts_ms[name], floor(name)) for name in names)
 
 
 def _extrapolations(measured: Sequence[Group]) -> Iterator[Group]:
@@ -197,6 +215,10 @@ def render(found: Sequence[Group], records: Sequence[Record]) -> str:
         if drawn is not None:
             body.append(figure(drawn, "Speed-up of a step by length", f"Over {STRONG_BASELINE} at the same length."))
         body.append(html_table(_HEADS, [_cells(group, line) for line in group.lines], _WORDS))
+        for line in group.lines:
+            if line.parts:
+                body.append(f"<h3>Where a step of {escape(line.name)} goes, {line.T:,} tokens</h3>")
+                body.append(html_table(_PARTS_HEADS, _parts_cells(line), _WORDS))
     versions: dict[str, Any] = next((record.versions for record in records if record.versions), {})
     commits = ", ".join(dict.fromkeys(record.commit for record in records))
     body += ["<h2>Versions</h2>", versions_table(versions), f'<p class="small">Commit {escape(commits)}.</p>']
@@ -207,12 +229,20 @@ def step_markdown(records: Iterable[Record]) -> str:
     """GitHub tables, one for each group with a caption line."""
     parts = []
     for group in groups(records):
-        lines = [f"| {' | '.join(_HEADS)} |", "|" + "---|" * len(_HEADS)]
-        for line in group.lines:
-            cells = _cells(group, line)
-            lines.append(f"| {' | '.join([cells[0], f'`{cells[1]}`', *cells[2:]])} |")
-        parts.append(f"{group.title}.\n\n" + "\n".join(lines))
+        rows = [[cells[0], f"`{cells[1]}`", *cells[2:]] for cells in (_cells(group, line) for line in group.lines)]
+        parts.append(f"{group.title}.\n\n" + _table(_HEADS, rows))
+        parts += [
+            f"Where a step of `{line.name}` goes, {line.T:,} tokens, {group.title}.\n\n"
+            + _table(_PARTS_HEADS, _parts_cells(line))
+            for line in group.lines
+            if line.parts
+        ]
     return "\n\n".join(parts)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
 
 
 def _cells(group: Group, line: Line) -> list[str]:
@@ -233,6 +263,16 @@ def _cells(group: Group, line: Line) -> list[str]:
         _number(line.transient_gib, ".2f"),
         _number(group.memory_ratio(line), ".2f", "×"),
         _number(line.of_ceiling, ".0%"),
+    ]
+
+
+def _parts_cells(line: Line) -> list[list[str]]:
+    """One row a part; what is left of the step's time is the device's idle time and the profiler's error."""
+    step_ms = line.step_ms or sum(ms for _, ms, _ in line.parts)
+    idle = step_ms - sum(ms for _, ms, _ in line.parts)
+    return [
+        [name, _number(ms, ",.1f"), _number(ms / step_ms, ".1%"), _number(floor, ",.1f")]
+        for name, ms, floor in (*line.parts, ("in no part", idle, None))
     ]
 
 

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from lemo.sparse.attention import attend_rows
 from lemo.sparse.compensation import Compensation
 from lemo.sparse.dropout import RowDropout, on_rows
+from lemo.sparse.parts import part
 from lemo.sparse.view import LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -86,6 +87,7 @@ class _BackwardSparseLayer(torch.autograd.Function):
     def forward(ctx: Any, hidden_BTD: Tensor, call: BackwardCall, *parameters: Tensor) -> Tensor:
         ctx.call = call
         with ExitStack() as stack:
+            stack.enter_context(part("forward"))
             stack.enter_context(call.view.fused_adapters())
             dropout = call.dropout()
             if dropout is not None:
@@ -103,7 +105,8 @@ class _BackwardSparseLayer(torch.autograd.Function):
         call: BackwardCall = ctx.call
         hidden_BTD, *sums = ctx.saved_tensors
         D = hidden_BTD.shape[-1]
-        plan = call.choose(grad_BTD)
+        with part("selection"):
+            plan = call.choose(grad_BTD)
         with ExitStack() as stack:
             stack.enter_context(call.autocast_again())
             stack.enter_context(call.view.fused_adapters())
@@ -151,8 +154,8 @@ def _add_mlp_in_tiles(mid_ND: Tensor, call: BackwardCall, dropout: RowDropout | 
     for tile in _tiles(mid_ND.shape[0], call.view.mlp_row_bytes, call):
         rows = torch.arange(tile.start, tile.stop, device=mid_ND.device)
         with on_rows(dropout, rows, site):
-            part = mid_ND[tile]
-            mid_ND[tile] = part + call.view.mlp(call.view.mlp_norm(part) if pre_norm else part)
+            mid_nD = mid_ND[tile]
+            mid_nD += call.view.mlp(call.view.mlp_norm(mid_nD) if pre_norm else mid_nD)
 
 
 def _dense_pre_norm(hidden_BTD: Tensor, call: BackwardCall, dropout: RowDropout | None) -> Tensor:
@@ -179,22 +182,23 @@ def _attention_branch(
     rotary = call.rotary
     kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
 
-    def normed(part: Tensor) -> Tensor:
-        return part if view.post_norm else view.attention_norm(part)
+    def normed(hidden: Tensor) -> Tensor:
+        return hidden if view.post_norm else view.attention_norm(hidden)
 
     residual = hidden_ND[rows]
     if call.kv_all:
-        everything = normed(hidden_ND)
+        with part("keys and values"):
+            everything = normed(hidden_ND)
         with on_rows(dropout, rows):
             q = view.query(everything[rows], kept_rotary)
-        with on_rows(dropout, None):
+        with part("keys and values"), on_rows(dropout, None):
             k, v = view.key_value(everything, rotary)
     else:
         kept = normed(residual)
         with on_rows(dropout, rows):
             q = view.query(kept, kept_rotary)
         site = dropout.site if dropout is not None else 0
-        with torch.no_grad(), on_rows(dropout, None):
+        with part("keys and values"), torch.no_grad(), on_rows(dropout, None):
             k, v = view.key_value(normed(hidden_ND), rotary)
         with on_rows(dropout, rows, site):
             k_kept, v_kept = view.key_value(kept, kept_rotary)
@@ -214,17 +218,21 @@ def _backward_pre_norm(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     if not plan.rows.numel():
         return (grad if hidden.requires_grad else None), [None] * len(call.parameters)
-    residual, attention = _attention_branch(hidden, plan, call, dropout)
-    mid = residual + attention
-    with on_rows(dropout, plan.rows):
-        branch = call.view.mlp(call.view.mlp_norm(mid))
-    rest = Compensation(grad, plan, call.layout, call.compensate)
+    with part("recompute"):
+        residual, attention = _attention_branch(hidden, plan, call, dropout)
+        mid = residual + attention
+        with on_rows(dropout, plan.rows):
+            branch = call.view.mlp(call.view.mlp_norm(mid))
+    with part("compensation"):
+        rest = Compensation(grad, plan, call.layout, call.compensate)
     grad_hidden, grads = _grad((attention, branch), hidden, call, (rest.entering, rest.entering))
     if grad_hidden is not None:
-        returned = grad_hidden[plan.rows]
-        # Along the residual stream every row passes its own gradient, kept or not.
-        grad_hidden += grad.to(grad_hidden.dtype)
-        rest.add(grad_hidden, returned)
+        with part("compensation"):
+            returned = grad_hidden[plan.rows] if rest.needed else None
+            # Along the residual stream every row passes its own gradient, kept or not.
+            grad_hidden += grad.to(grad_hidden.dtype)
+            if returned is not None:
+                rest.add(grad_hidden, returned)
     return grad_hidden, grads
 
 
@@ -277,7 +285,8 @@ def _grad(
     if not inputs or not pairs:
         return None, [None] * len(call.parameters)
     found, entering = zip(*pairs, strict=True)
-    grads: list[Tensor | None] = list(torch.autograd.grad(found, inputs, entering, allow_unused=True))
+    with part("backward"):
+        grads: list[Tensor | None] = list(torch.autograd.grad(found, inputs, entering, allow_unused=True))
     first = grads.pop(0) if leaf.requires_grad else None
     return first, grads
 

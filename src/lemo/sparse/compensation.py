@@ -76,6 +76,11 @@ class Compensation:
                 self.entering[takers] += share
             self._documents.append(_Document(slice(start, end), slice(first, last), takers, left_out, share))
 
+    @property
+    def needed(self) -> bool:
+        """Whether anything is left out that kept rows stand in for; if not, `add` does nothing."""
+        return bool(self._documents)
+
     def add(self, into_ND: Tensor, returned_KD: Tensor) -> None:
         """Adds a times g at the rows left out, and takes a times s back from those that stood in.
 
