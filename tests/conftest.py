@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Triton asks for this when it is first imported, which torch may do.
 if os.environ.get("LEMO_TEST_DEVICE", "cpu") == "cpu":
@@ -11,6 +12,22 @@ if os.environ.get("LEMO_TEST_DEVICE", "cpu") == "cpu":
 
 import pytest
 import torch
+
+# Kernels run on the tests' device; on the CPU in Triton's interpreter, which needs one repair.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        pass
+    else:
+        patch_tensor: Any = interpreter._patch_lang_tensor
+
+        def with_index(tensor: Any, scope: Any) -> None:
+            """Triton 3.6 has int() of an array of one element, which NumPy 2.4 refuses; loop bounds are such arrays."""
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = with_index
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,6 +122,28 @@ def test_capped_plans_run_and_bound_memory(kv_grad: str, device: torch.device) -
     assert runtime is not None
     assert runtime.collect().keep_mean <= 0.125 + 1e-9
     assert peaks["eighth"] < peaks["dense"], peaks
+
+
+def test_packed_documents_need_no_mask_of_their_square(device: torch.device) -> None:
+    """The loss of packed documents is that of the documents one by one, and memory stays under a T×T mask's."""
+    tokens = 4 * T
+    ends = [0, 5000, 5001, 20000, tokens]
+    inputs = batch(device, tokens)
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["position_ids"] = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None].to(device)
+    inputs["labels"][0, ends[:-1]] = -100
+    model = lemo.sparsify(build(torch.bfloat16, device, tokens), lemo.SparsityConfig(keep=0.25, labelled="ranked"))
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    found, _ = gradients(model, inputs)
+    # sdpa would turn the mask of bools into one of bf16 besides.
+    assert torch.cuda.max_memory_allocated() - held < tokens**2
+    sums = []
+    with torch.no_grad():
+        for a, b in pairwise(ends):
+            one = {"input_ids": inputs["input_ids"][:, a:b], "labels": inputs["labels"][:, a:b]}
+            sums.append(model(**one).loss.double() * (b - a - 1) if b - a > 1 else torch.zeros((), device=device))
+    assert found.item() == pytest.approx(float(sum(sums)) / (tokens - len(ends) + 1), rel=1e-3)
 
 
 def test_a_copy_of_a_sparsified_model_is_its_own(device: torch.device) -> None:

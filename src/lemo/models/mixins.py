@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo.loss import segmented_cross_entropy
+from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
@@ -99,10 +100,22 @@ class SparseDecoder:
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
             arguments.update(past_key_values=None, use_cache=False)
-            runtime.begin(layout, self.training)
+            state = runtime.begin(layout, self.training)
+            if runtime.config.mode == "backward" and needs_no_mask(
+                layout, getattr(self.layers[0], VIEW), self.config._attn_implementation, _computes_in(self)
+            ):
+                state.by_bounds = True
+                with documents_by_bounds(self.config):
+                    return cls_forward(**arguments)
         if layout.packed and may_need_mask:
             arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
         return cls_forward(**arguments)
+
+
+def _computes_in(model: Any) -> torch.dtype:
+    """The dtype of attention's products."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
@@ -182,6 +195,8 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
+    if state.by_bounds:
+        kwargs = {**kwargs, BOUNDS: state.bounds_of(view.window)}
     call = backward.BackwardCall(
         view=view,
         layout=state.layout,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lemo.config import SparsityConfig
 from lemo.selection.energy import block_energy, select_by_energy
+from lemo.selection.layout import causal_bounds
 from lemo.selection.ranking import plan_from_blocks
 from lemo.selection.spans import DrawnSpans, draw_spans
 from lemo.sparse.view import Rotary
@@ -29,6 +30,8 @@ class BatchState:
         labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
         dense: whether everything is kept (`lemo.models.dense`).
         rotary: transformers' (cos, sin) pair and its form with one line a row.
+        by_bounds: whether the dense forward's attention takes bounds in a mask's place (`lemo.models.documents`).
+        bounds: window -> int32 first and last key of each row.
     """
 
     layout: SequenceLayout
@@ -36,6 +39,16 @@ class BatchState:
     labelled: Tensor | None = None
     dense: bool = False
     rotary: tuple[Any, Rotary] | None = None
+    by_bounds: bool = False
+    bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def bounds_of(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """First and last key of every row under that sliding window, int32 [B·T] each; made once for all layers."""
+        if window not in self.bounds:
+            rows = torch.arange(self.layout.rows, device=self.layout.block_of_row.device)
+            lo, hi = causal_bounds(self.layout, rows, window)
+            self.bounds[window] = lo.int(), hi.int()
+        return self.bounds[window]
 
 
 @dataclass

@@ -62,6 +62,10 @@ class ArchitectureView:
         return float(attention.dropout if p is None else p) if attention.training else 0.0
 
     @property
+    def head_size(self) -> int:
+        return int(self._attention.head_dim)
+
+    @property
     def hidden_dropout(self) -> float:
         p = 0.0 if self.row.hidden_dropout is None else self._part(self.row.hidden_dropout)
         return float(p) if self.module.training else 0.0

@@ -68,6 +68,19 @@ def build_layout(
     return replace(host, host=host, **{name: getattr(host, name).to(device) for name in tensors})
 
 
+def causal_bounds(layout: SequenceLayout, rows: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """First and last row that each of some rows sees as a key, int64 each; a row of padding sees itself.
+
+    Args:
+        rows: int64, ascending.
+        window: sliding window in tokens, or None.
+    """
+    block = layout.block_of_row[rows]
+    document = layout.document_of_block[block.clamp(min=0)]
+    first = torch.where(block < 0, rows, layout.first_row_of_block[layout.first_block[document]])
+    return first if window is None else torch.maximum(first, rows - window + 1), rows
+
+
 def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:
     if tuple(mask.shape) != (batch, length):
         raise ValueError(

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import attention_backend, prefix_by_library
+from lemo.selection.layout import causal_bounds
 from lemo.sparse.dropout import RowDropout, attention_with_dropout
 from lemo.sparse.view import LayerView
 from lemo.types import SequenceLayout, TokenPlan
@@ -101,11 +102,7 @@ def _key_bounds(
     queries: TokenPlan, keys: TokenPlan | None, layout: SequenceLayout, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """First and last key that each query sees, int32 [N] each, as indices into the keys."""
-    rows = queries.rows
-    document = layout.document_of_block[layout.block_of_row[rows]]
-    first = layout.first_row_of_block[layout.first_block[document]]
-    if window is not None:
-        first = torch.maximum(first, rows - window + 1)
+    first, rows = causal_bounds(layout, queries.rows, window)
     if keys is None:
         return first.int(), rows.int()
     return torch.searchsorted(keys.rows, first).int(), (torch.searchsorted(keys.rows, rows, right=True) - 1).int()
