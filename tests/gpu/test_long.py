@@ -136,8 +136,8 @@ def test_packed_documents_need_no_mask_of_their_square(device: torch.device) -> 
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     found, _ = gradients(model, inputs)
-    # sdpa would turn the mask of bools into one of bf16 besides.
-    assert torch.cuda.max_memory_allocated() - held < tokens**2
+    # A mask takes three bytes a pair: sdpa makes one of bf16 of the bools.
+    assert torch.cuda.max_memory_allocated() - held < 1.5 * tokens**2
     sums = []
     with torch.no_grad():
         for a, b in pairwise(ends):

@@ -1,8 +1,9 @@
 """The dense forward of packed or padded sequences without a mask of T×T.
 
-transformers tells its attention about documents and padding by a mask, 4 GiB at 64K tokens, with which no fast kernel works.
-But a row sees consecutive keys, so its first and last key say the same, and our kernel takes these. While a sparsified
-decoder runs such a batch, its attention implementation is one registered here; everything else is the unmodified model.
+transformers tells its attention about documents and padding by a mask, 4 GiB at 64K tokens, with which no fast kernel
+works. But a row sees consecutive keys, so its first and last key say the same, and our kernel takes these. While a
+sparsified decoder runs such a batch, its attention implementation is one registered here; everything else is the
+unmodified model.
 """
 
 from __future__ import annotations
@@ -76,9 +77,8 @@ def _attend(
     assert not torch.is_grad_enabled(), "the sparse layer recomputes what needs gradients"
     B, H, T, d = query.shape
     device = query.device.type
-    rows = [x.transpose(0, 1).reshape(x.shape[1], B * T, d) for x in (query, key, value)]
-    if torch.is_autocast_enabled(device):
-        rows = [x.to(torch.get_autocast_dtype(device)) for x in rows]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    q, k, v = (x.transpose(0, 1).reshape(x.shape[1], B * T, d).to(dtype) for x in (query, key, value))
     lo, hi = kwargs[BOUNDS]
-    out_NHd, _ = attention_forward(*rows, lo, hi, d**-0.5 if scaling is None else scaling)
+    out_NHd, _ = attention_forward(q, k, v, lo, hi, d**-0.5 if scaling is None else scaling)
     return out_NHd.view(B, T, H, d), None
