@@ -88,7 +88,7 @@ class _BackwardSparseLayer(torch.autograd.Function):
         ctx.call = call
         with ExitStack() as stack:
             stack.enter_context(part("forward"))
-            stack.enter_context(call.view.fused_adapters())
+            stack.enter_context(call.view.fused())
             dropout = call.dropout()
             if dropout is not None:
                 stack.enter_context(dropout)
@@ -109,7 +109,7 @@ class _BackwardSparseLayer(torch.autograd.Function):
             plan = call.choose(grad_BTD)
         with ExitStack() as stack:
             stack.enter_context(call.autocast_again())
-            stack.enter_context(call.view.fused_adapters())
+            stack.enter_context(call.view.fused())
             dropout = call.dropout()
             if dropout is not None:
                 stack.enter_context(dropout)

@@ -45,8 +45,8 @@ class LayerView(Protocol):
     def mlp_row_bytes(self) -> int:
         """Bytes one row's activations take inside the MLP."""
 
-    def fused_adapters(self) -> AbstractContextManager[None]:
-        """Inside, adapters of the layer's linears that are recognised run fused with them (`lemo.models.lora`)."""
+    def fused(self) -> AbstractContextManager[None]:
+        """Inside, adapters and norms of the layer that are recognised take fewer passes over memory."""
 
     def attention_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the attention branch."""

@@ -1,0 +1,53 @@
+"""transformers' RMS norms, run by torch's fused kernel while a sparse layer runs.
+
+As transformers writes it a norm copies its input to fp32, squares it and scales it, and autograd keeps such copies: 1
+GiB each at 64K tokens of width 4,096, where keys and values of all rows are rebuilt. torch's kernel reads and writes
+once, stores one number a row, and rounds once. In half precision on a GPU only; elsewhere, and for any other norm, the
+module itself runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# weight * x / sqrt(mean(x²) + variance_epsilon), all of one text.
+_KNOWN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
+_HALF = (torch.float16, torch.bfloat16)
+_DEVICES = ("cuda",)
+
+
+@contextmanager
+def fused_norms(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, those of `norms` that are known get another `forward` on their instances."""
+    changed = [norm for norm in norms if _known(norm)]
+    for norm in changed:
+        norm.__dict__["forward"] = functools.partial(_forward, norm)
+    try:
+        yield
+    finally:
+        for norm in changed:
+            norm.__dict__.pop("forward", None)
+
+
+def _known(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return (
+        kind.__name__ in _KNOWN
+        and kind.__module__.startswith("transformers.models.")
+        and "forward" not in norm.__dict__
+    )
+
+
+def _forward(norm: Any, hidden: Tensor) -> Tensor:
+    weight = norm.weight
+    if hidden.device.type not in _DEVICES or hidden.dtype not in _HALF or weight.dtype != hidden.dtype:
+        return type(norm).forward(norm, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)
