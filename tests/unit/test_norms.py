@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lemo.models import norms
-from lemo.models.norms import fused_norms
+from lemo.models.fused import fused as fused_modules
 
 KNOWN = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 
@@ -35,14 +34,11 @@ def fused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[torch.d
     return seen
 
 
-def run(norm: nn.Module, x: Tensor, with_norms: Callable[..., Any] | None) -> list[Tensor]:
+def run(norm: nn.Module, x: Tensor, fusing: bool) -> list[Tensor]:
     """Output, gradient of x, gradient of the weight."""
     norm.zero_grad()
     leaf = x.clone().requires_grad_()
-    if with_norms:
-        with with_norms([norm]):
-            out = norm(leaf)
-    else:
+    with fused_modules((), [norm] if fusing else []):
         out = norm(leaf)
     out.backward(torch.linspace(-1, 1, out.numel(), device=x.device).view_as(out).to(out.dtype))
     return [out.detach(), leaf.grad, norm.weight.grad.clone()]  # type: ignore[list-item, union-attr, operator]
@@ -56,9 +52,9 @@ def test_no_further_from_fp32_than_transformers_own(kind: Any, fused: list[torch
     low, x_low = kind(64, eps=1e-3).to(device, torch.bfloat16), x.to(torch.bfloat16)
     low.load_state_dict(norm.state_dict())
     norm.load_state_dict(low.state_dict())
-    exact = run(norm, x_low.float(), None)
-    own = run(low, x_low, None)
-    found = run(low, x_low, fused_norms)
+    exact = run(norm, x_low.float(), False)
+    own = run(low, x_low, False)
+    found = run(low, x_low, True)
     assert fused == [torch.bfloat16]
     for right, ours, theirs in zip(exact, found, own, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
@@ -67,9 +63,9 @@ def test_no_further_from_fp32_than_transformers_own(kind: Any, fused: list[torch
 
 def test_fp32_and_mixed_dtypes_run_the_module(fused: list[torch.dtype], device: torch.device) -> None:
     norm, x = LlamaRMSNorm(8).to(device), torch.randn(5, 8, device=device)
-    for left, right in zip(run(norm, x, fused_norms), run(norm, x, None), strict=True):
+    for left, right in zip(run(norm, x, True), run(norm, x, False), strict=True):
         assert torch.equal(left, right)
-    with fused_norms([norm]):
+    with fused_modules((), [norm]):
         assert norm(x.to(torch.bfloat16)).dtype == torch.float32
     assert not fused
 
@@ -78,7 +74,7 @@ def test_other_norms_are_left_alone(fused: list[torch.dtype], device: torch.devi
     x = torch.randn(5, 8, device=device, dtype=torch.bfloat16)
     for norm in (GemmaRMSNorm(8), nn.LayerNorm(8), nn.RMSNorm(8), type("LlamaRMSNorm", (nn.RMSNorm,), {})(8)):
         norm = norm.to(device, torch.bfloat16)
-        with fused_norms([norm]):
+        with fused_modules((), [norm]):
             assert "forward" not in norm.__dict__
             norm(x)
     assert not fused
@@ -86,7 +82,7 @@ def test_other_norms_are_left_alone(fused: list[torch.dtype], device: torch.devi
 
 def test_on_a_cpu_the_module_itself_runs() -> None:
     norm, x = LlamaRMSNorm(8).to(torch.bfloat16), torch.randn(5, 8).to(torch.bfloat16)
-    with fused_norms([norm]):
+    with fused_modules((), [norm]):
         inside = norm(x)
     assert torch.equal(inside, norm(x))
     assert "forward" not in norm.__dict__

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,29 +24,15 @@ _HALF = (torch.float16, torch.bfloat16)
 _log = logging.getLogger("lemo")
 
 
-@contextmanager
-def fused_adapters(linears: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, those of `linears` that are plain LoRA layers add their product in place.
-
-    Their instances get another `forward` meanwhile; their base linears are called as modules.
-    """
-    changed = [module for module in linears if _recognised(module)]
-    for module in changed:
-        module.__dict__["forward"] = functools.partial(_forward, module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
-
-
-def _recognised(module: nn.Module) -> bool:
-    if not isinstance(module, LoraLayer) or "forward" in module.__dict__:
-        return False
+def fused_linear(module: nn.Module) -> Callable[..., Tensor] | None:
+    """What to run in place of a plain LoRA layer's `forward`, its base still called as a module; None for any other."""
+    if not isinstance(module, LoraLayer):
+        return None
     reason = _reason_against(module)
     if reason:
         _note(reason)
-    return reason is None
+        return None
+    return functools.partial(_forward, module)
 
 
 def _reason_against(layer: Any) -> str | None:

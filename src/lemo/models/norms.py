@@ -9,8 +9,7 @@ module itself runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,26 +22,11 @@ _HALF = (torch.float16, torch.bfloat16)
 _DEVICES = ("cuda",)
 
 
-@contextmanager
-def fused_norms(norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, those of `norms` that are known get another `forward` on their instances."""
-    changed = [norm for norm in norms if _known(norm)]
-    for norm in changed:
-        norm.__dict__["forward"] = functools.partial(_forward, norm)
-    try:
-        yield
-    finally:
-        for norm in changed:
-            norm.__dict__.pop("forward", None)
-
-
-def _known(norm: nn.Module) -> bool:
-    kind = type(norm)
-    return (
-        kind.__name__ in _KNOWN
-        and kind.__module__.startswith("transformers.models.")
-        and "forward" not in norm.__dict__
-    )
+def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What to run in place of a known norm's `forward`; None for any other module."""
+    kind = type(module)
+    known = kind.__name__ in _KNOWN and kind.__module__.startswith("transformers.models.")
+    return functools.partial(_forward, module) if known else None
 
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ Modules are looked up at each call, because PEFT replaces linears after a model 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.models.architectures import Architecture
-from lemo.models.lora import fused_adapters
-from lemo.models.norms import fused_norms
+from lemo.models.fused import fused
 from lemo.sparse.view import Rotary
 
 
@@ -86,15 +84,13 @@ class ArchitectureView:
         # up, gate, their product and the activation live at once.
         return 4 * up.out_features * up.weight.element_size()
 
-    @contextmanager
-    def fused(self) -> Iterator[None]:
+    def fused(self) -> AbstractContextManager[None]:
         attention, home, row = self._attention, self._mlp_home, self.row
         linears = [getattr(attention, name) for name in (row.query, row.key, row.value, row.output)]
         linears += [getattr(home, name) for name in (row.gate, row.up, row.down) if name]
         norms = [self._part(name) for name in (row.attention_norm, row.mlp_norm)]
         norms += [getattr(attention, name) for name in (row.query_norm, row.key_norm) if name]
-        with fused_adapters(linears), fused_norms(norms):
-            yield
+        return fused(linears, norms)
 
     def attention(self, normed_BTD: Tensor, **kwargs: Any) -> Tensor:
         """The unmodified attention module's output (and hidden dropout), as the layer calls it."""
