@@ -1,0 +1,94 @@
+"""Offsets past 2³¹ elements: T·D of a very long sequence, and keys as many (DESIGN 4.10)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lemo
+
+pytest.importorskip("triton")
+from lemo.kernels.attention import attention_backward, attention_forward
+
+pytestmark = pytest.mark.gpu
+
+
+def needs(gib: int) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.0f} are free")
+
+
+def test_kernels_reach_the_last_of_over_2_31_elements(device: torch.device) -> None:
+    needs(30)
+    K, d, N, seen = 8, 128, 128, 256
+    M = 2**31 // (K * d) + seen
+    # Of each key head 2³¹ / 8 elements, of a row's stride K·d: the last rows begin past 2³¹.
+    k, v = (torch.empty(M, K, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    for x in (k, v):
+        x[:-seen] = float("nan")  # whoever reads another row than the last ones shows it
+        x[-seen:] = torch.randn(seen, K, d, generator=generator, device=device)
+    q, grad = (torch.randn(N, K, d, generator=generator, device=device).to(torch.bfloat16) for _ in range(2))
+    hi = torch.arange(M - N, M, device=device).int()
+    lo = torch.full_like(hi, M - seen)
+    heads = [x.transpose(0, 1) for x in (q, k, v)]
+    near = [heads[0], *(x[:, -seen:] for x in heads[1:])]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int) -> list[torch.Tensor]:
+        bounds = (lo - first, hi - first)
+        out, lse = attention_forward(q, k, v, *bounds, d**-0.5)
+        return [out, *attention_backward(grad, q, k, v, out, lse, *bounds, d**-0.5)]
+
+    wanted = run(*near, M - seen)
+    out, dq, dk, dv = run(*heads, 0)
+    for found, right in ((out, wanted[0]), (dq, wanted[1]), (dk[:, -seen:], wanted[2]), (dv[:, -seen:], wanted[3])):
+        torch.testing.assert_close(found, right, rtol=0, atol=0)
+    assert not dk[:, :-seen].any()
+    assert not dv[:, :-seen].any()
+
+
+def test_a_step_of_more_than_2_31_hidden_numbers(device: torch.device) -> None:
+    """Everything kept equals dense, and a quarter kept gives finite gradients."""
+    needs(70)
+    T = 2**31 // 4096 + 4096
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=4096,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=T,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+    model.requires_grad_(False)
+    trained = [model.model.layers[0].self_attn.k_proj.weight, model.model.layers[0].mlp.up_proj.weight]
+    for weight in trained:
+        weight.requires_grad_(True)
+    ids = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(1)).to(device)
+    labels = ids.clone()
+    labels[:, :-512] = -100
+
+    def gradients(settings: lemo.SparsityConfig) -> torch.Tensor:
+        model.zero_grad()
+        lemo.sparsify(model, settings)
+        if settings.mode == "dense":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=ids, labels=labels).loss.backward()
+        lemo.restore(model)
+        model.gradient_checkpointing_disable()
+        torch.cuda.empty_cache()
+        return torch.cat([weight.grad.float().flatten() for weight in trained])
+
+    dense = gradients(lemo.SparsityConfig(mode="dense"))
+    kept = gradients(lemo.SparsityConfig(fidelity=1.0))
+    assert float((kept - dense).norm() / dense.norm()) <= 2e-2
+    quarter = gradients(lemo.SparsityConfig(fidelity=1.0, keep=0.25, block_size=64))
+    assert quarter.isfinite().all()
+    assert quarter.any()
