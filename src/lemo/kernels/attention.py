@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.tiles import load_tile, store_tile
+
 # Of one tile. Kept rows ascend, so 64 of them lie close together and the tile's bounds are tight.
 _ROWS, _KEYS = 64, 64
 _LOG2_E = 1.4426950408889634
@@ -118,20 +120,6 @@ def _key_ranges(lo, hi, live, BN: tl.constexpr):
 
 
 @triton.jit
-def _load(P, rows, limit, stride_row, stride_d, D: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    where = P + rows.to(tl.int64)[:, None] * stride_row + d[None, :] * stride_d
-    return tl.load(where, mask=(rows < limit)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(P, x, rows, limit, stride_row, stride_d, D: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    where = P + rows.to(tl.int64)[:, None] * stride_row + d[None, :] * stride_d
-    tl.store(where, x.to(P.dtype.element_ty), mask=(rows < limit)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
 def _attend_keys(
     q, Kh, Vh, lo, hi, start, stop, limit, scale_log2, m, l, acc,
     skm, skd, svm, svd,
@@ -139,7 +127,7 @@ def _attend_keys(
 ):  # fmt: skip
     for n in range(start, stop, BN):
         keys = n + tl.arange(0, BN)
-        k = _load(Kh, keys, limit, skm, skd, D, BD)
+        k = load_tile(Kh, keys, limit, skm, skd, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if MASKED:
             s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] <= hi[:, None]), s, float("-inf"))
@@ -149,7 +137,7 @@ def _attend_keys(
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(m - base)
         l = l * shrink + tl.sum(p, 1)
-        v = _load(Vh, keys, limit, svm, svd, D, BD)
+        v = load_tile(Vh, keys, limit, svm, svd, D, BD)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         m = m_new
     return m, l, acc
@@ -169,7 +157,7 @@ def _forward(
     rows = tile * BM + tl.arange(0, BM)
     live, lo, hi = _bounds(LO, HI, rows, N)
     begin, full, edge, end = _key_ranges(lo, hi, live, BN)
-    q = _load(Q + h * sqh, rows, N, sqn, sqd, D, BD)
+    q = load_tile(Q + h * sqh, rows, N, sqn, sqd, D, BD)
     Kh, Vh = K + h // GROUP * skh, V + h // GROUP * svh
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -188,7 +176,7 @@ def _forward(
     )  # fmt: skip
     # Rows past the end have seen nothing.
     l = tl.where(live, l, 1.0)
-    _store(O + h * soh, acc / l[:, None], rows, N, son, 1, D, BD)
+    store_tile(O + h * soh, acc / l[:, None], rows, N, son, 1, D, BD)
     tl.store(LSE + h * N + rows, tl.where(live, m, 0.0) + tl.log2(l), mask=live)
 
 
@@ -200,8 +188,8 @@ def _query_gradient(
 ):  # fmt: skip
     for n in range(start, stop, BN):
         keys = n + tl.arange(0, BN)
-        k = _load(Kh, keys, limit, skm, skd, D, BD)
-        v = _load(Vh, keys, limit, svm, svd, D, BD)
+        k = load_tile(Kh, keys, limit, skm, skd, D, BD)
+        v = load_tile(Vh, keys, limit, svm, svd, D, BD)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
         if MASKED:
             p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] <= hi[:, None]), p, 0.0)
@@ -223,9 +211,9 @@ def _backward_queries(
     rows = tile * BM + tl.arange(0, BM)
     live, lo, hi = _bounds(LO, HI, rows, N)
     begin, full, edge, end = _key_ranges(lo, hi, live, BN)
-    q = _load(Q + h * sqh, rows, N, sqn, sqd, D, BD)
-    do = _load(DO + h * soh, rows, N, son, 1, D, BD)
-    out = _load(O + h * soh, rows, N, son, 1, D, BD)
+    q = load_tile(Q + h * sqh, rows, N, sqn, sqd, D, BD)
+    do = load_tile(DO + h * soh, rows, N, son, 1, D, BD)
+    out = load_tile(O + h * soh, rows, N, son, 1, D, BD)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + h * N + rows, delta, mask=live)
     lse = tl.load(LSE + h * N + rows, mask=live, other=0.0)
@@ -243,7 +231,7 @@ def _backward_queries(
         q, do, lse, delta, Kh, Vh, lo, hi, edge, end, end, scale_log2, dq, skm, skd, svm, svd,
         D, BD, BN, PRECISION, True,
     )  # fmt: skip
-    _store(DQ + h * sgh, dq * scale, rows, N, sgn, sgd, D, BD)
+    store_tile(DQ + h * sgh, dq * scale, rows, N, sgn, sgd, D, BD)
 
 
 @triton.jit
@@ -266,8 +254,8 @@ def _key_gradient(
 ):  # fmt: skip
     for n in range(start, stop, BM):
         rows = n + tl.arange(0, BM)
-        q = _load(Qh, rows, N, sqn, sqd, D, BD)
-        do = _load(DOh, rows, N, son, 1, D, BD)
+        q = load_tile(Qh, rows, N, sqn, sqd, D, BD)
+        do = load_tile(DOh, rows, N, son, 1, D, BD)
         lse = tl.load(LSEh + rows, mask=rows < N, other=0.0)
         delta = tl.load(DELTAh + rows, mask=rows < N, other=0.0)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
@@ -299,8 +287,8 @@ def _backward_keys(
     begin = seen // BM * BM
     full = tl.maximum((whole + BM - 1) // BM * BM, begin)
     edge = tl.maximum(partly // BM * BM, full)
-    k = _load(K + kv * skh, keys, M, skm, skd, D, BD)
-    v = _load(V + kv * svh, keys, M, svm, svd, D, BD)
+    k = load_tile(K + kv * skh, keys, M, skm, skd, D, BD)
+    v = load_tile(V + kv * svh, keys, M, svm, svd, D, BD)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     for g in range(GROUP):
@@ -318,5 +306,5 @@ def _backward_keys(
             k, v, keys, Qh, DOh, LSEh, DELTAh, LO, HI, edge, unseen, N, scale_log2, dk, dv,
             sqn, sqd, son, D, BD, BM, PRECISION, True,
         )  # fmt: skip
-    _store(DK + kv * sgh, dk * scale, keys, M, sgn, sgd, D, BD)
-    _store(DV + kv * sgh, dv, keys, M, sgn, sgd, D, BD)
+    store_tile(DK + kv * sgh, dk * scale, keys, M, sgn, sgd, D, BD)
+    store_tile(DV + kv * sgh, dv, keys, M, sgn, sgd, D, BD)

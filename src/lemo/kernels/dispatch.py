@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
+SCORED_BLOCKS = (16, 32, 64, 128)
+SCORED_BYTES = 512
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _log = logging.getLogger("lemo")
 
@@ -17,7 +19,7 @@ _log = logging.getLogger("lemo")
 def attention_backend(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str:
     """`triton` or `torch` for attention of selected rows; logged once for every reason."""
     reason = _reason_against(q, k, v, dropout)
-    _note("torch" if reason else "triton", reason)
+    _note("attention of selected rows", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
 
 
@@ -35,10 +37,25 @@ def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | Non
     return None
 
 
+def scores_backend(q: Tensor, k: Tensor, block_size: int) -> str:
+    """`triton` or `torch` for block-pair scores; logged once for every reason."""
+    reason = _reason_against_scores(q, k, block_size)
+    _note("block-pair scores", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_scores(q: Tensor, k: Tensor, block_size: int) -> str | None:
+    if block_size not in SCORED_BLOCKS:
+        return f"the kernel takes blocks of {', '.join(map(str, SCORED_BLOCKS))} tokens, not {block_size}"
+    if q.shape[-1] * q.element_size() > SCORED_BYTES:
+        return f"the kernel takes heads of {SCORED_BYTES} bytes a row, not {q.shape[-1]} of {q.dtype}"
+    return _reason_against(q, k, k, dropout=False)
+
+
 def prefix_by_library(q: Tensor) -> bool:
     """Whether rectangles of the attention of selected rows go to cuDNN; logged once for every reason."""
     reason = _reason_against_library(q)
-    _note_prefix("Triton" if reason else "cuDNN", reason)
+    _note("keys that many selected rows see", "triton" if reason else "cudnn", reason)
     return reason is None
 
 
@@ -59,15 +76,10 @@ def _reason_against_library(q: Tensor) -> str | None:
 
 
 @functools.cache
-def _note_prefix(backend: str, reason: str | None) -> None:
-    _log.info("keys that many selected rows see: %s%s", backend, f" ({reason})" if reason else "")
-
-
-@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _note(backend: str, reason: str | None) -> None:
-    _log.info("attention of selected rows: %s%s", backend, f" ({reason})" if reason else "")
+def _note(what: str, backend: str, reason: str | None) -> None:
+    _log.info("%s: %s%s", what, backend, f" ({reason})" if reason else "")

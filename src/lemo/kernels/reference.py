@@ -24,6 +24,26 @@ def attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, lo_N: Tensor, hi_N: T
     return (scores_HNM.softmax(-1) @ v_HMd).transpose(0, 1)
 
 
+def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: int, window: int | None) -> Tensor:
+    """Equations 1-2 of the paper for one document, [blocks, blocks]; 0 above the diagonal.
+
+    Args:
+        q_HTd, k_KTd: H a multiple of K.
+        scale: factor on q·k.
+        block_size: tokens a block; the last one may have fewer.
+        window: sliding window in tokens, or None.
+    """
+    H, T, _ = q_HTd.shape
+    pair = (q_HTd @ k_KTd.repeat_interleave(H // k_KTd.shape[0], 0).transpose(1, 2) * scale).relu().mean(0)
+    position = torch.arange(T, device=q_HTd.device)
+    distance = position[:, None] - position
+    pair = pair.masked_fill((distance < 0) | (distance >= (T if window is None else window)), 0)
+    blocks = -(-T // block_size)
+    # Scores are positive or zero, so zero padding never wins a maximum.
+    padded = torch.nn.functional.pad(pair, (0, blocks * block_size - T) * 2)
+    return padded.view(blocks, block_size, blocks, block_size).amax((1, 3))
+
+
 class PlainAttention:
     """Attention without a mask that shows its denominators, natural logarithms [K, rows]; twin of a library's.
 

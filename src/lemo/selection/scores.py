@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lemo.config import BranchSelection
+from lemo.kernels.dispatch import scores_backend
 from lemo.selection.ranking import most_blocks, order_in_documents, plan_from_blocks
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -26,8 +27,16 @@ def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: 
         block_size: tokens per block.
         window: sliding window in tokens, or None.
 
-    Memory is one chunk of query blocks times T, never T·T.
+    On a GPU by a kernel that stores nothing but the scores; otherwise one chunk of query blocks times T at a time.
     """
+    if scores_backend(q_HTd, k_KTd, block_size) == "triton":
+        from lemo.kernels.scores import block_pair_scores as by_kernel
+
+        return by_kernel(q_HTd, k_KTd, scaling, block_size, window)
+    return _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window)
+
+
+def _block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None) -> Tensor:
     H, T, d = q_HTd.shape
     K = k_KTd.shape[0]
     blocks = -(-T // block_size)

@@ -1,0 +1,21 @@
+"""Tiles of a few rows, read and written by Triton kernels; offsets are int64 (DESIGN 4.10)."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(P, rows, limit, stride_row, stride_d, D: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    where = P + rows.to(tl.int64)[:, None] * stride_row + d[None, :] * stride_d
+    return tl.load(where, mask=(rows < limit)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(P, x, rows, limit, stride_row, stride_d, D: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    where = P + rows.to(tl.int64)[:, None] * stride_row + d[None, :] * stride_d
+    tl.store(where, x.to(P.dtype.element_ty), mask=(rows < limit)[:, None] & (d < D)[None, :])

@@ -1,0 +1,58 @@
+"""Block-pair scores against their twin in fp64: odd lengths, windows, groups, head sizes, blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attention import DEVICE, DTYPES, HEADS, poisoned
+
+from lemo.kernels import reference
+
+pytest.importorskip("triton")
+from lemo.kernels.scores import block_pair_scores
+
+CASES = {
+    "one block": (9, 16, None),
+    "odd length": (301, 16, None),
+    "blocks of 64": (333, 64, None),
+    "a block a square": (400, 128, None),
+    "window": (333, 32, 50),
+    "narrow window": (300, 16, 1),
+    "window of a square": (520, 64, 128),
+    "wide window": (200, 16, 1000),
+}
+
+
+def draw(T, heads, d, dtype):
+    generator = torch.Generator().manual_seed(0)
+    # Strides of a projection seen by heads.
+    return [torch.randn(T, h, d, generator=generator).to(DEVICE, dtype).transpose(0, 1) for h in heads]
+
+
+def check(case, heads, d, dtype, monkeypatch):
+    T, block_size, window = case
+    q, k = draw(T, heads, d, dtype)
+    wanted = reference.block_pair_scores(q.double(), k.double(), d**-0.5, block_size, window)
+    poisoned(monkeypatch)
+    found = block_pair_scores(q, k, d**-0.5, block_size, window)
+    assert found.dtype == torch.float32
+    # Products of the inputs are exact; sums are fp32.
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+    assert not found.triu(1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_twin(case, dtype, monkeypatch):
+    check(CASES[case], HEADS["grouped"], 16, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("d", [8, 40, 128])
+@pytest.mark.parametrize("heads", HEADS)
+def test_any_head_size_and_grouping(heads, d, monkeypatch):
+    check(CASES["odd length"], HEADS[heads], d, torch.float32, monkeypatch)
+
+
+def test_negative_products_count_for_nothing():
+    q = torch.ones(1, 40, 16, device=DEVICE)
+    assert not block_pair_scores(q, -q, 1.0, 16, None).any()
