@@ -40,7 +40,8 @@ test-slow: $(READY)  ## longer CPU checks, outside CI
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(PYTEST_ARGS)
 
 test-gpu: $(READY)  ## kernels, parity tests and those marked gpu, on a CUDA device
-	@LEMO_TEST_DEVICE=cuda $(RUN) -m pytest -m "gpu or not slow" tests/kernels tests/parity tests/gpu $(PYTEST_ARGS)
+	@LEMO_TEST_DEVICE=cuda $(RUN) -m pytest -m "gpu or not slow" tests/kernels tests/parity tests/gpu tests/unit/test_norms.py \
+	$(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(RUN) -m ruff check .

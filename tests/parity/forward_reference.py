@@ -44,20 +44,39 @@ class ForwardRun:
     loss: Tensor
 
 
-def masked_dense(model: nn.Module, batch: Batch, plans: Plans, **call: Any) -> ForwardRun:
+def masked_dense(
+    model: nn.Module,
+    batch: Batch,
+    plans: Plans,
+    maps: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] | None = None,
+    **call: Any,
+) -> ForwardRun:
     """Run unmodified modules with the plans' blocks left out: in attention, dropped rows are no keys and add
-    nothing to the residual; in the MLP they add nothing. A branch without a plan is dense."""
+    nothing to the residual; in the MLP they add nothing. A branch without a plan is dense. With `maps`, (A, B, bias)
+    of a layer's branch, dropped rows add B A x + bias, x being the branch's input."""
     layers, everything = layers_of(model), real_rows(batch)
     attention = [plans.get((i, "attention"), everything) for i in range(len(layers))]
     mlp = [plans.get((i, "mlp"), everything) for i in range(len(layers))]
     captured: dict[tuple[int, str], Any] = {}
     outputs: list[Tensor] = []
 
-    def zero(rows: set[int]) -> Any:
+    entered: dict[tuple[int, str], Tensor] = {}
+
+    def zero(key: tuple[int, str], rows: set[int]) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             tensor = tensor_of(output)
-            masked = tensor * row_mask(rows, batch, tensor.dtype).view(*tensor.shape[:-1], 1)
+            mask = row_mask(rows, batch, tensor.dtype).view(*tensor.shape[:-1], 1)
+            masked = tensor * mask
+            if maps is not None:
+                a, b, bias = maps[key]
+                masked = masked + (1 - mask) * (entered[key].view(tensor.shape) @ a.T @ b.T + bias)
             return (masked, *output[1:]) if isinstance(output, tuple) else masked
+
+        return hook
+
+    def enter(key: tuple[int, str]) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            entered[key] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
         return hook
 
@@ -83,8 +102,12 @@ def masked_dense(model: nn.Module, batch: Batch, plans: Plans, **call: Any) -> F
     for i, layer in enumerate(layers):
         heads = layer.self_attn
         handles += [
-            heads.register_forward_hook(zero(attention[i])),
-            mlp_output_module(layer).register_forward_hook(zero(mlp[i])),
+            heads.register_forward_pre_hook(enter((i, "attention")), with_kwargs=True),
+            (layer.mlp if hasattr(layer, "mlp") else layer.fc1).register_forward_pre_hook(
+                enter((i, "mlp")), with_kwargs=True
+            ),
+            heads.register_forward_hook(zero((i, "attention"), attention[i])),
+            mlp_output_module(layer).register_forward_hook(zero((i, "mlp"), mlp[i])),
             getattr(heads, "q_norm", heads.q_proj).register_forward_hook(capture((i, "q"))),
             getattr(heads, "k_norm", heads.k_proj).register_forward_hook(capture((i, "k"))),
             mlp_down_module(layer).register_forward_pre_hook(capture_input((i, "activity"))),

@@ -80,6 +80,18 @@ def test_other_norms_are_left_alone(fused: list[torch.dtype], device: torch.devi
     assert not fused
 
 
+def test_more_numbers_than_torchs_kernel_can_count_run_the_module(
+    fused: list[torch.dtype], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, x = LlamaRMSNorm(8).to(device, torch.bfloat16), torch.randn(5, 8, device=device).to(torch.bfloat16)
+    monkeypatch.setattr(norms, "_MOST", 40)
+    with fused_modules((), [norm]):
+        norm(x)
+        assert not fused
+        norm(x[:4])
+        assert fused == [torch.bfloat16]
+
+
 def test_on_a_cpu_the_module_itself_runs() -> None:
     norm, x = LlamaRMSNorm(8).to(torch.bfloat16), torch.randn(5, 8).to(torch.bfloat16)
     with fused_modules((), [norm]):

@@ -33,20 +33,25 @@ def time_parts(step: Callable[[], None], device: str) -> dict[str, float]:
         step()
         if on_gpu:
             torch.cuda.synchronize()
+    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CPU]
+    ranges = [event for event in events if event.name.startswith(PREFIX)]
     sums: dict[str, float] = {}
-    for event in profiler.events() or ():
-        if event.device_type != DeviceType.CPU:
-            continue
+    for event in events:
         microseconds = sum(k.duration for k in event.kernels) if on_gpu else event.self_cpu_time_total
         if microseconds:
-            name = " ".join(_place(event))
+            name = " ".join(_place(event, ranges))
             sums[name] = sums.get(name, 0.0) + microseconds / 1000
     return sums
 
 
-def _place(event: Any) -> tuple[str, str]:
-    """(part, kind) of an event, from its own name and those of the events around it."""
+def _place(event: Any, ranges: list[Any]) -> tuple[str, str]:
+    """(part, kind) of an event, from its own name and those of the events around it.
+
+    A backward started inside a part may run in another thread, where the part isn't around it but its time is: the
+    thread that started it waits.
+    """
     kind = "other"
+    start = event.time_range.start
     while event is not None:
         name = event.name
         if name.startswith(PREFIX):
@@ -56,4 +61,6 @@ def _place(event: Any) -> tuple[str, str]:
         elif kind == "other" and name in _PRODUCTS:
             kind = "linears"
         event = event.cpu_parent
-    return REST, kind
+    around = [r for r in ranges if r.time_range.start <= start <= r.time_range.end]
+    innermost = max(around, key=lambda r: r.time_range.start, default=None)
+    return innermost.name.removeprefix(PREFIX) if innermost else REST, kind

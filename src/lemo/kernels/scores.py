@@ -37,14 +37,16 @@ def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: in
     squares = triton.cdiv(T, SQUARE)
     # Two tiles of 512 bytes a row are 128 KiB of a multiprocessor's 228; of half that the next pair can be on its way.
     width = triton.next_power_of_2(d) * q_HTd.element_size()
-    _block_pair_scores[(squares, squares)](
-        q_HTd, k_KTd, scores,
-        scale / H, T, blocks, T if window is None else window,
-        *q_HTd.stride(), *k_KTd.stride(),
-        K=K, GROUP=H // K, D=d, BD=max(16, triton.next_power_of_2(d)), SIDE=SQUARE, BLOCK=block_size,
-        PRECISION="ieee" if q_HTd.dtype == torch.float32 else "tf32",
-        num_warps=8, num_stages=2 if 2 * width <= SCORED_BYTES else 1,
-    )  # fmt: skip
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(q_HTd):
+        _block_pair_scores[(squares, squares)](
+            q_HTd, k_KTd, scores,
+            scale / H, T, blocks, T if window is None else window,
+            *q_HTd.stride(), *k_KTd.stride(),
+            K=K, GROUP=H // K, D=d, BD=max(16, triton.next_power_of_2(d)), SIDE=SQUARE, BLOCK=block_size,
+            PRECISION="ieee" if q_HTd.dtype == torch.float32 else "tf32",
+            num_warps=8, num_stages=2 if 2 * width <= SCORED_BYTES else 1,
+        )  # fmt: skip
     return scores
 
 

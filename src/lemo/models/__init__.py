@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lemo.models.bypasses import fit_bypasses
 from lemo.models.surgery import backbone_hidden, dense, get_runtime, restore, sparse_evaluation, sparsify
 
-__all__ = ["backbone_hidden", "dense", "get_runtime", "restore", "sparse_evaluation", "sparsify"]
+__all__ = ["backbone_hidden", "dense", "fit_bypasses", "get_runtime", "restore", "sparse_evaluation", "sparsify"]

@@ -174,7 +174,14 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
     call = forward.ForwardCall(
-        view, state.layout, _rotary(kwargs, state), runtime.config, index, lambda x: view.attention(x, **kwargs)
+        view,
+        state.layout,
+        _rotary(kwargs, state),
+        runtime.config,
+        index,
+        lambda x: view.attention(x, **kwargs),
+        runtime.bypasses.get((index, "attention")),
+        runtime.bypasses.get((index, "mlp")),
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans(_dropout_seed(view))

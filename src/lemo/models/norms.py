@@ -20,6 +20,8 @@ from torch.nn import functional as F
 _KNOWN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 _HALF = (torch.float16, torch.bfloat16)
 _DEVICES = ("cuda",)
+# torch's kernel computes a row's offset in 32 bits (pytorch issue 181555), silently wrong past 2³² numbers.
+_MOST = 2**31
 
 
 def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -31,7 +33,8 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:
     weight = norm.weight
-    if hidden.device.type not in _DEVICES or hidden.dtype not in _HALF or weight.dtype != hidden.dtype:
+    fits = hidden.device.type in _DEVICES and hidden.dtype in _HALF and weight.dtype == hidden.dtype
+    if not fits or hidden.numel() >= _MOST:
         return type(norm).forward(norm, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)

@@ -16,6 +16,7 @@ from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.layout import causal_bounds
 from lemo.selection.ranking import plan_from_blocks
 from lemo.selection.spans import DrawnSpans, draw_spans
+from lemo.sparse.bypass import Bypass
 from lemo.sparse.view import Rotary
 from lemo.types import SequenceLayout, StepStats, TokenPlan
 
@@ -59,6 +60,7 @@ class Runtime:
         config: what `sparsify` was given.
         layers: number of decoder layers.
         last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
+        bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
@@ -67,6 +69,7 @@ class Runtime:
     layers: int
     last_plans: dict[tuple[int, str], TokenPlan] = field(default_factory=dict)
     last_spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+    bypasses: dict[tuple[int, str], Bypass] = field(default_factory=dict)
     state: BatchState | None = None
     sparse_in_eval: bool = False
     dense_only: bool = False

@@ -37,6 +37,17 @@ class ArchitectureView:
         return self.module if self.row.mlp is None else getattr(self.module, self.row.mlp)
 
     @property
+    def attention_module(self) -> nn.Module:
+        return self._attention
+
+    @property
+    def mlp_ends(self) -> tuple[nn.Module, nn.Module]:
+        """The modules whose input and output are the MLP's."""
+        if self.row.mlp is not None:
+            return self._mlp_home, self._mlp_home
+        return self._part(self.row.up), self._part(self.row.down)
+
+    @property
     def post_norm(self) -> bool:
         return self.row.pre_norm_flag is not None and not self._part(self.row.pre_norm_flag)
 

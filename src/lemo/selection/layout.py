@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lemo.types import SequenceLayout
+from lemo.types import SequenceLayout, TokenPlan
 
 
 def build_layout(
@@ -79,6 +79,13 @@ def causal_bounds(layout: SequenceLayout, rows: Tensor, window: int | None) -> t
     document = layout.document_of_block[block.clamp(min=0)]
     first = torch.where(block < 0, rows, layout.first_row_of_block[layout.first_block[document]])
     return first if window is None else torch.maximum(first, rows - window + 1), rows
+
+
+def rows_left_out(plan: TokenPlan, layout: SequenceLayout) -> Tensor:
+    """The documents' rows that a plan doesn't keep, int64, ascending."""
+    left = layout.on_host.block_of_row >= 0
+    left[plan.host_rows] = False
+    return left.nonzero().flatten().to(plan.rows.device, non_blocking=True)
 
 
 def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:

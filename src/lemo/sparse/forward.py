@@ -1,8 +1,9 @@
 """`forward` mode, the paper's token elimination: a branch runs on its kept tokens only (paper section 4).
 
 Kept rows are read from the residual stream, go through the branch as a compact sequence in their original order and
-positions, and are added back; eliminated rows pass along the residual. Attention happens among kept tokens. Ordinary
-autograd: gradients are those of the sparse forward that ran (DESIGN 4.2).
+positions, and are added back; eliminated rows pass along the residual, with the output of a low-rank bypass where one
+is fitted. Attention happens among kept tokens. Ordinary autograd: gradients are those of the sparse forward that ran
+(DESIGN 4.2).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lemo.config import SparsityConfig
+from lemo.selection.layout import rows_left_out
 from lemo.selection.ranking import plan_from_blocks
 from lemo.selection.scores import (
     attention_informativeness,
@@ -24,6 +26,7 @@ from lemo.selection.scores import (
     select_by_score,
 )
 from lemo.sparse.attention import attend_rows
+from lemo.sparse.bypass import Bypass
 from lemo.sparse.dropout import RowDropout, on_rows
 from lemo.sparse.view import LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
@@ -56,6 +59,7 @@ class ForwardCall:
         config: scores and selection of each branch.
         layer: index of the layer, for per-layer thresholds.
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
+        attention_bypass, mlp_bypass: what eliminated rows get in the branch's place; None for nothing.
     """
 
     view: LayerView
@@ -64,6 +68,8 @@ class ForwardCall:
     config: SparsityConfig
     layer: int
     attend: Callable[[Tensor], Tensor]
+    attention_bypass: Bypass | None = None
+    mlp_bypass: Bypass | None = None
 
 
 def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Tensor:
@@ -88,7 +94,7 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
         hidden_BTD = hidden_BTD + call.attend(hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD))
     else:
         branch = _attention(hidden_BTD.flatten(0, 1), call, plans.attention, dropout)
-        hidden_BTD = _add(hidden_BTD, plans.attention, branch)
+        hidden_BTD = _add(hidden_BTD, plans.attention, branch, call, call.attention_bypass, view.attention_norm)
     if view.post_norm:
         hidden_BTD = view.attention_norm(hidden_BTD)
     if plans.mlp is None:
@@ -97,16 +103,32 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
     kept = hidden_BTD if everything else hidden_BTD.flatten(0, 1)[plans.mlp.rows]
     with on_rows(dropout, None if everything else plans.mlp.rows):
         branch = view.mlp(kept if view.post_norm else view.mlp_norm(kept))
-    hidden_BTD = hidden_BTD + branch if everything else _add(hidden_BTD, plans.mlp, branch)
+    if everything:
+        hidden_BTD = hidden_BTD + branch
+    else:
+        hidden_BTD = _add(hidden_BTD, plans.mlp, branch, call, call.mlp_bypass, view.mlp_norm)
     if view.post_norm:
         hidden_BTD = view.mlp_norm(hidden_BTD)
     return hidden_BTD
 
 
-def _add(hidden_BTD: Tensor, plan: TokenPlan, branch_ND: Tensor) -> Tensor:
-    """The residual stream with a branch's output added at the kept rows."""
+def _add(
+    hidden_BTD: Tensor,
+    plan: TokenPlan,
+    branch_ND: Tensor,
+    call: ForwardCall,
+    bypass: Bypass | None,
+    norm: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The residual stream with a branch's output added at the kept rows, the bypass's at the others."""
     hidden = hidden_BTD.flatten(0, 1)
-    return hidden.index_add(0, plan.rows, branch_ND.to(hidden.dtype)).view_as(hidden_BTD)
+    out = hidden.index_add(0, plan.rows, branch_ND.to(hidden.dtype))
+    if bypass is not None:
+        left = rows_left_out(plan, call.layout)
+        rows = hidden[left]
+        instead = bypass(rows if call.view.post_norm else norm(rows))
+        out = out.index_add(0, left, instead.to(out.dtype))
+    return out.view_as(hidden_BTD)
 
 
 def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
