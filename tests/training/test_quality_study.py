@@ -190,8 +190,11 @@ def test_equal_time_gives_a_faster_method_more_steps(place, tmp_path, batches, m
 
 
 def test_steps_are_timed_alone_after_a_warm_up(place, tmp_path, batches):
-    rows = run_study(study(place, tmp_path / "s", BACKWARD, timed_steps=2))
-    assert [len(run) for run in batches] == [runs.WARM_UP + 2] * 2 + [4, 4]
+    untimed = {"method": "labels-only"}
+    rows = run_study(study(place, tmp_path / "s", BACKWARD | {"timed": True}, untimed, timed_steps=2))
+    assert [r.method for r in rows if r.bench == "step"] == ["lora+ckpt", "lemo-backward"]
+    assert named(rows, "labels-only").step_ms is None
+    assert [len(run) for run in batches] == [runs.WARM_UP + 2] * 2 + [4, 4, 4]
     times = [row for row in rows if row.bench == "step"]
     assert [row.method for row in times] == ["lora+ckpt", "lemo-backward"]
     for row in times:

@@ -85,6 +85,7 @@ class MethodConfig(Frozen):
         learning_rate: in place of `training.learning_rate`.
         seeds: the first so many of the study's seeds; None takes all.
         equal_time: also train with as many steps as fit in the baseline's time.
+        timed: time its steps (`timed_steps`); rows with `equal_time`, and the baseline, always are.
     """
 
     method: Literal[
@@ -103,6 +104,7 @@ class MethodConfig(Frozen):
     learning_rate: float | None = Field(default=None, gt=0)
     seeds: int | None = Field(default=None, ge=1)
     equal_time: bool = False
+    timed: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> MethodConfig:
@@ -130,8 +132,8 @@ class QualityConfig(Frozen):
         methods: rows beside the baseline, which needs no mention.
         seeds: of LoRA's initial weights, the order of the data, dropout and draws; the same for every method.
         training: as for `lemo finetune`; its seed is not used.
-        timed_steps: steps of each method timed alone on the device, after three warm-up steps; 0 skips the timing,
-            and with it what depends on it (`step_ms`, equal time).
+        timed_steps: steps of the methods to be timed (`MethodConfig.timed`), alone on the device, after three warm-up
+            steps; 0 skips the timing, and with it what depends on it (`step_ms`, equal time).
         workers: training runs at a time, each in a process of its own; they share the device.
         commit: recorded in every row; None asks git.
         output: directory of `records.jsonl`, `report.html` and the resolved `config.yaml`.
@@ -156,8 +158,8 @@ class QualityConfig(Frozen):
             raise ValueError("seeds must differ")
         if self.task.kind in ("lm", "extension") and any(row.method == "labels-only" for row in self.methods):
             raise ValueError(f"labels-only leaves nothing out in task {self.task.kind}, where every token is labelled")
-        if any(row.equal_time for row in self.methods) and self.timed_steps == 0:
-            raise ValueError("equal_time needs timed_steps over 0")
+        if any(row.equal_time or row.timed for row in self.methods) and self.timed_steps == 0:
+            raise ValueError("equal_time and timed need timed_steps over 0")
         return self
 
 

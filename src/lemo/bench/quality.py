@@ -68,7 +68,8 @@ def run_study(study: QualityConfig, *, resume: bool = False) -> list[Record]:
         write_json(directory / TASK_FILE, facts)
     book = Book(study, rows, directory / records.FILE)
 
-    for method in methods if study.timed_steps else ():
+    timed = [m for m in methods if m.timed or m.equal_time or m.method == BASELINE]
+    for method in timed if study.timed_steps else ():
         if book.time_of(method) is None:
             book.add_time(method, laboratory.time(method, study.timed_steps))
             console.print(f"timed {method.method} {method.setting}: {book.time_of(method):,.0f} ms a step")
