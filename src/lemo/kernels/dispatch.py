@@ -12,7 +12,8 @@ from torch import Tensor
 LARGEST_HEAD = 256
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, *HALF)
 _log = logging.getLogger("lemo")
 
 
@@ -64,7 +65,7 @@ def _reason_against_library(q: Tensor) -> str | None:
         return f"the tensors are on {q.device.type}"
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it was measured faster on Hopper GPUs only"
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in HALF:
         return f"cuDNN takes fp16 and bf16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"cuDNN takes head sizes up to 128 in steps of 8, not {q.shape[-1]}"

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo.kernels.dispatch import attention_backend
 from lemo.models.view import ArchitectureView
+from lemo.sparse.precision import computes_in
 from lemo.types import SequenceLayout
 
 BOUNDS = "lemo_bounds"
@@ -76,8 +77,7 @@ def _attend(
 
     assert not torch.is_grad_enabled(), "the sparse layer recomputes what needs gradients"
     B, H, T, d = query.shape
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = computes_in(query.device.type, query.dtype)
     q, k, v = (x.transpose(0, 1).reshape(x.shape[1], B * T, d).to(dtype) for x in (query, key, value))
     lo, hi = kwargs[BOUNDS]
     out_NHd, _ = attention_forward(q, k, v, lo, hi, d**-0.5 if scaling is None else scaling)

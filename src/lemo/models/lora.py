@@ -18,9 +18,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lemo.kernels.dispatch import HALF
 from lemo.sparse.low_rank import add_low_rank
+from lemo.sparse.precision import computes_in
 
-_HALF = (torch.float16, torch.bfloat16)
 _log = logging.getLogger("lemo")
 
 
@@ -63,11 +64,10 @@ def _active(layer: Any) -> list[str]:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    device = x.device.type
-    computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    half = computes_in(x.device.type, x.dtype) in HALF
     # Arguments are `adapter_names` and what variants take. With gradients only rows of tokens: in-place autograd on a
     # view copies it.
-    if args or kwargs or computes_in not in _HALF or (torch.is_grad_enabled() and x.dim() != 2):
+    if args or kwargs or not half or (torch.is_grad_enabled() and x.dim() != 2):
         return type(layer).forward(layer, x, *args, **kwargs)
     y = layer.base_layer(x)
     y_NO, x_NI = (y, x) if x.dim() == 2 else (y.flatten(0, -2), x.flatten(0, -2))

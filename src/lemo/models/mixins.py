@@ -21,6 +21,7 @@ from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
 from lemo.sparse import backward, forward
 from lemo.sparse.parts import part
+from lemo.sparse.precision import computes_in
 from lemo.sparse.view import Rotary
 
 RUNTIME = "_lemo_runtime"
@@ -102,7 +103,10 @@ class SparseDecoder:
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
             if runtime.config.mode == "backward" and needs_no_mask(
-                layout, getattr(self.layers[0], VIEW), self.config._attn_implementation, _computes_in(self)
+                layout,
+                getattr(self.layers[0], VIEW),
+                self.config._attn_implementation,
+                computes_in(self.device.type, self.dtype),
             ):
                 state.by_bounds = True
                 with documents_by_bounds(self.config):
@@ -110,12 +114,6 @@ class SparseDecoder:
         if layout.packed and may_need_mask:
             arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
         return cls_forward(**arguments)
-
-
-def _computes_in(model: Any) -> torch.dtype:
-    """The dtype of attention's products."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype) -> Tensor:

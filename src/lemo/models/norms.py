@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo.kernels.dispatch import HALF
+
 # weight * x / sqrt(mean(x²) + variance_epsilon), all of one text.
 _KNOWN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
-_HALF = (torch.float16, torch.bfloat16)
 _DEVICES = ("cuda",)
 # torch's kernel computes a row's offset in 32 bits (pytorch issue 181555), silently wrong past 2³² numbers.
 _MOST = 2**31
@@ -33,7 +34,7 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:
     weight = norm.weight
-    fits = hidden.device.type in _DEVICES and hidden.dtype in _HALF and weight.dtype == hidden.dtype
+    fits = hidden.device.type in _DEVICES and hidden.dtype in HALF and weight.dtype == hidden.dtype
     if not fits or hidden.numel() >= _MOST:
         return type(norm).forward(norm, hidden)
     with torch.autocast(hidden.device.type, enabled=False):

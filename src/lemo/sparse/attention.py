@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lemo.kernels.dispatch import attention_backend, prefix_by_library
 from lemo.selection.layout import causal_bounds
 from lemo.sparse.dropout import RowDropout, attention_with_dropout
+from lemo.sparse.precision import computes_in
 from lemo.sparse.view import LayerView
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -54,9 +55,8 @@ def attend_rows(
     """
     H, N, _ = q_HNd.shape
     site = dropout.next_site() if dropout is not None and view.attention_dropout > 0 else None
-    device = q_HNd.device.type
-    if torch.is_autocast_enabled(device):  # as torch does for its own attention
-        q_HNd, k_KMd, v_KMd = (x.to(torch.get_autocast_dtype(device)) for x in (q_HNd, k_KMd, v_KMd))
+    # As torch's autocast does for its own attention.
+    q_HNd, k_KMd, v_KMd = (x.to(computes_in(x.device.type, x.dtype)) for x in (q_HNd, k_KMd, v_KMd))
     whole = view.window is None and _same_rows(queries, keys, layout)
     if N and not whole and attention_backend(q_HNd, k_KMd, v_KMd, site is not None) == "triton":
         bounds = _key_bounds(queries, keys, layout, view.window)
