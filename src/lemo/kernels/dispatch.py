@@ -1,10 +1,14 @@
-"""Which implementation an op gets, and why."""
+"""Which implementation an op gets, and why.
+
+`LEMO_KERNELS=torch` in the environment takes plain torch for everything: slow, to check results against.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor
@@ -17,6 +21,18 @@ _DTYPES = (torch.float32, *HALF)
 _log = logging.getLogger("lemo")
 
 
+def plain_torch() -> bool:
+    """Whether the user asked for plain torch, by `LEMO_KERNELS=torch`.
+
+    Raises:
+        ValueError: the variable says something else than `torch` or `auto`.
+    """
+    wanted = os.environ.get("LEMO_KERNELS", "auto")
+    if wanted not in ("auto", "torch"):
+        raise ValueError(f"LEMO_KERNELS is {wanted!r}; it may be 'auto' (the default) or 'torch'")
+    return wanted == "torch"
+
+
 def attention_backend(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str:
     """`triton` or `torch` for attention of selected rows; logged once for every reason."""
     reason = _reason_against(q, k, v, dropout)
@@ -25,6 +41,8 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str:
 
 
 def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | None:
+    if plain_torch():
+        return "LEMO_KERNELS=torch asks for it"
     if q.device.type != "cuda":
         return f"Triton kernels need a CUDA device, the tensors are on {q.device.type}"
     if not _has_triton():

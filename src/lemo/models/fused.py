@@ -7,13 +7,20 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lemo.kernels.dispatch import plain_torch
 from lemo.models.lora import fused_linear
 from lemo.models.norms import fused_norm
 
 
 @contextmanager
 def fused(linears: Iterable[nn.Module], norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, recognised instances have another `forward`; one that somebody else has given theirs keeps it."""
+    """Inside, recognised instances have another `forward`; one that somebody else has given theirs keeps it.
+
+    `LEMO_KERNELS=torch` changes none.
+    """
+    if plain_torch():
+        yield
+        return
     found = [(module, fused_linear(module)) for module in linears] + [(module, fused_norm(module)) for module in norms]
     changed = [(module, run) for module, run in found if run is not None and "forward" not in module.__dict__]
     for module, run in changed:
