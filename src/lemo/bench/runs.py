@@ -25,6 +25,7 @@ from lemo.data import Collator
 from lemo.errors import UserError
 from lemo.evaluation import Answer, BucketLoss, evaluate, retrieval_answers
 from lemo.models import get_runtime, sparse_evaluation
+from lemo.models.attention_plans import attention_for
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
 from lemo.training.checks import check_labels_fit, check_length
@@ -206,7 +207,8 @@ class Laboratory:
             assert runtime is not None, "prepare_model sparsifies"
             runtime.seed(seed)
             try:
-                trainer.train()
+                with attention_for(base.config, self.study.task.max_tokens):
+                    trainer.train()
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{method.method} ({method.setting}) doesn't fit the device's memory; lower workers, "

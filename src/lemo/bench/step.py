@@ -42,6 +42,7 @@ from lemo.training.directory import refuse_used
 from lemo.training.job import prepare_model
 from lemo.training.storage import storage_errors
 from lemo.training.summary import versions
+from lemo.types import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,15 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
     runtime: Any = get_runtime(model)
     if method.keep is not None:
         keep, density = method.keep, densities(config, method, place.layers)
-        runtime.placement = lambda layout, labelled, layer: place_blocks(layout, labelled, keep, density[layer])
+        # Every step has the same blocks; placing them isn't a step's work.
+        placed: dict[int, Tensor] = {}
+
+        def place_once(layout: SequenceLayout, labelled: Tensor, layer: int) -> Tensor:
+            if layer not in placed:
+                placed[layer] = place_blocks(layout, labelled, keep, density[layer]).cpu()
+            return placed[layer]
+
+        runtime.placement = place_once
     return model
 
 

@@ -20,6 +20,7 @@ from lemo.errors import UserError
 from lemo.evaluation.modes import training_mode
 from lemo.loss import token_losses
 from lemo.models import backbone_hidden
+from lemo.models.attention_plans import attention_for
 
 IGNORED = -100
 
@@ -107,7 +108,7 @@ def evaluate(
     counts = torch.zeros(buckets, dtype=torch.int64)
     results: list[DocumentLoss] = []
     longest = max_tokens
-    with training_mode(model, False), torch.no_grad():
+    with training_mode(model, False), torch.no_grad(), attention_for(model.config, max_tokens):
         for index in range(count):
             row = dataset[index]
             losses_M, positions_M = _row_losses(model, collate([row]), device)

@@ -5,7 +5,7 @@ Shapes: T tokens of a row, A tokens of its answers, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lemo.evaluation.modes import training_mode
 from lemo.models import backbone_hidden
+from lemo.models.attention_plans import attention_for
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Answer:
 
 
 def retrieval_answers(
-    model: nn.Module, rows: Iterable[Mapping[str, Any]] | Any, device: str | torch.device
+    model: nn.Module, rows: Sequence[Mapping[str, Any]] | Any, device: str | torch.device
 ) -> tuple[Answer, ...]:
     """Judges every answer of every row with the dense model (in `lemo.models.sparse_evaluation`: the sparse one).
 
@@ -47,7 +48,8 @@ def retrieval_answers(
         ValueError: an answer isn't inside its row, or starts it (nothing precedes the first token).
     """
     answers: list[Answer] = []
-    with training_mode(model, False), torch.no_grad():
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    with training_mode(model, False), torch.no_grad(), attention_for(model.config, longest):
         for row in rows:
             spans = list(zip(row["answer_start"], row["answer_end"], strict=True))
             if any(not 0 < start < end <= len(row["input_ids"]) for start, end in spans):

@@ -32,8 +32,11 @@ from lemo.kernels.attention import attention_backward, attention_forward
 
 # Rows of all heads in a chunk: 256 tiles of 128, two waves on the 132 multiprocessors of an H100.
 _HEAD_ROWS = 32768
-# A chunk must be worth its launches; a prefix is cut to 2,048 keys, or a sixteenth of its length.
+# A rectangle must be worth its launches, and a new shape its plan: at least 2^37 operations, half a millisecond saved.
+# That is 8,192 keys for heads of 128 numbers, 16,384 for heads of 64.
 _LEAST_KEYS = 8192
+_LEAST_FLOP = 2**37
+# A prefix is cut to 2,048 keys, or a sixteenth of its length.
 _GRAIN = 2048
 _LN_2 = 0.6931471805599453
 
@@ -46,6 +49,15 @@ class Rectangle:
     row_end: int
     key: int
     key_end: int
+
+
+def worthwhile_keys(head_size: int) -> int:
+    """The fewest keys a rectangle of the default chunk must have to be worth it.
+
+    Args:
+        head_size: d. The number of heads doesn't matter: a chunk has the same rows of all heads together.
+    """
+    return max(_LEAST_KEYS, -(-_LEAST_FLOP // (4 * _HEAD_ROWS * head_size)))
 
 
 def cut_rectangles(

@@ -1,4 +1,4 @@
-"""Elastic size transformation (paper section 4.3): neurons that a ReLU keeps at zero are taken out while training goes on.
+"""Elastic size transformation (paper section 4.3): neurons that a ReLU keeps at zero are taken out during training.
 
 A neuron's zero frequency is the share of inputs since the last pruning for which its ReLU put out 0. The optimizer's
 state is cut in the same places as the matrices, so that training goes on as if the neurons had never been there.
@@ -50,9 +50,7 @@ def idle(frequency: Tensor, above: float) -> Tensor:
     return stay
 
 
-def prune_network(
-    network: LowRankNetwork, stay: list[Tensor | None], optimizer: torch.optim.Optimizer | None
-) -> None:
+def prune_network(network: LowRankNetwork, stay: list[Tensor | None], optimizer: torch.optim.Optimizer) -> None:
     """Takes neurons out.
 
     Args:
@@ -81,13 +79,11 @@ def prune_predictor(
     key.reset()
 
 
-def _cut(
-    matrix: nn.Parameter, kept: Tensor, dim: int, optimizer: torch.optim.Optimizer | None
-) -> None:
+def _cut(matrix: nn.Parameter, kept: Tensor, dim: int, optimizer: torch.optim.Optimizer) -> None:
     where = kept.nonzero().flatten()
     whole = matrix.shape
     matrix.data = matrix.data.index_select(dim, where)
     matrix.grad = None
-    for name, value in (optimizer.state.get(matrix, {}) if optimizer is not None else {}).items():
+    for name, value in optimizer.state.get(matrix, {}).items():
         if isinstance(value, Tensor) and value.shape == whole:
             optimizer.state[matrix][name] = value.index_select(dim, where)

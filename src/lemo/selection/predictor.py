@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class LowRankNetwork(nn.Module):
         super().__init__()
         sizes = (inputs, *widths)
         self.matrices = nn.ParameterList(
-            nn.Parameter(torch.randn(out, into) * math.sqrt(2 / into)) for into, out in zip(sizes, sizes[1:], strict=False)
+            nn.Parameter(torch.randn(out, into) * math.sqrt(2 / into)) for into, out in pairwise(sizes)
         )
 
     @property
@@ -129,7 +130,7 @@ def representatives(normed_ND: Tensor, layout: SequenceLayout) -> list[Tensor]:
 
 
 def places(blocks: int, device: torch.device) -> Tensor:
-    """Where each block of a document lies, fp32 [blocks, PLACES]; from earlier blocks alone, so that it can't look ahead."""
+    """Where each block of a document lies, fp32 [blocks, PLACES]; nothing of it depends on later blocks."""
     index = torch.arange(blocks, device=device, dtype=torch.float32)
     angles = [2 * math.pi * index / period for period in _PERIODS]
     columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]

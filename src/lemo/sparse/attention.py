@@ -62,9 +62,10 @@ def attend_rows(
         bounds = _key_bounds(queries, keys, layout, view.window)
         rectangles: tuple[Rectangle, ...] = ()
         if keys is None and view.window is None and prefix_by_library(q_HNd):
-            from lemo.kernels.prefix import cut_rectangles
+            from lemo.kernels.prefix import cut_rectangles, worthwhile_keys
 
-            rectangles = cut_rectangles(layout.documents, queries.cu_seqlens, queries.host_rows, H)
+            least = worthwhile_keys(q_HNd.shape[-1])
+            rectangles = cut_rectangles(layout.documents, queries.cu_seqlens, queries.host_rows, H, least_keys=least)
         return _RowAttention.apply(q_HNd, k_KMd, v_KMd, *bounds, view.scaling, rectangles).reshape(N, -1)
     parts = []
     for index, (first, end) in enumerate(layout.documents):

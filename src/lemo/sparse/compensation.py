@@ -67,7 +67,8 @@ class Compensation:
             if not 0 < last - first < end - start:
                 continue
             left_out = grad_ND.new_ones(end - start)
-            left_out[plan.rows[first:last] - start] = 0
+            # `left_out[...] = 0` would copy the 0 to the device and wait for it.
+            left_out.index_fill_(0, plan.rows[first:last] - start, 0.0)
             takers = slice(first + int(plan.host_rows[first] == start), last)
             share = None
             if takers.start < last:

@@ -23,6 +23,7 @@ from lemo.data import Collator, Loaded, load
 from lemo.errors import UserError
 from lemo.evaluation import EvaluationResult, Sample, compare_positions, evaluate, gradient_agreement, sample_completion
 from lemo.models import get_runtime
+from lemo.models.attention_plans import attention_for
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
 from lemo.training import checkpoints
@@ -73,7 +74,8 @@ def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
         open_run(run, config, model, checkpoint)
     try:
         before = job.judge(model, "before")
-        job.train(model)
+        with attention_for(model.config, config.data.max_tokens):
+            job.train(model)
         after = job.judge(model, "after")
         agreement = job.compare_gradients(model)
     except torch.OutOfMemoryError as error:
