@@ -21,6 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("evaluation",),
     ("training",),
+    ("calibration",),
     ("bench",),
     ("report",),
     ("cli",),

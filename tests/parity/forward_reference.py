@@ -148,7 +148,7 @@ def attention_scores(A: Tensor, batch: Batch, document: list[int], block_size: i
         [max(matrix[i][j] for i in blocks[I] for j in blocks[J]) if J <= I else 0.0 for J in range(n)] for I in range(n)
     ]
     if score == "paper":
-        return [sum(S[I][J] for I in range(J, n)) for J in range(n)]
+        return [sum(S[I][J] for I in range(J, n)) / n for J in range(n)]
     return [math.inf] + [sum(S[J - 1][K] for K in range(J)) / J for J in range(1, n)]
 
 

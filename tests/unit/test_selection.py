@@ -149,7 +149,7 @@ def test_pair_scores_equal_the_definition():
         for j in range(3):
             expected = pair[i * b : (i + 1) * b, j * b : (j + 1) * b].max()
             assert scores[i, j] == pytest.approx(float(expected), rel=1e-5), (i, j)
-    assert torch.allclose(attention_informativeness(scores, causal=False), scores.sum(0))
+    assert torch.allclose(attention_informativeness(scores, causal=False), scores.sum(0) / scores.shape[0])
     causal = attention_informativeness(scores, causal=True)
     assert causal.tolist() == pytest.approx([0.0, float(scores[0, 0]), float(scores[1].sum() / 2)], rel=1e-5)
 

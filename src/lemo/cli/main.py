@@ -1,4 +1,7 @@
-"""`lemo finetune | eval | bench | report`. Rooms that need torch are imported after the configuration has been read."""
+"""`lemo finetune | calibrate | eval | bench | report`.
+
+Rooms that need torch are imported after the configuration has been read.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,42 @@ def finetune(
 
             raise _InterruptedError(resume_hint(settings.output)) from None
     _print(as_json, summary.to_dict(), [summary.headline(), f"adapter: {settings.output}/adapter", f"report: {report}"])
+
+
+@app.command()
+def calibrate(
+    config: Config = None,
+    data: Data = None,
+    model: Model = None,
+    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    overrides: Set = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the calibration in --output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make what mode forward needs: predictors, thresholds and bypasses, from a model and a sample of your data."""
+    from lemo.calibration.config import load_calibration
+
+    settings = load_calibration(config, data=data, model=model, output=output, device=device, overrides=overrides or [])
+    with _work(as_json):
+        try:
+            from lemo.calibration.job import calibrate as run_calibration
+
+            facts = run_calibration(settings, resume=resume).facts
+            path = _report(Path(settings.output))
+        except KeyboardInterrupt:
+            raise _InterruptedError(
+                f"stopped; what was measured is in {settings.output}: go on with --resume --output {settings.output}"
+            ) from None
+    _print(
+        as_json,
+        facts.model_dump(mode="json"),
+        [
+            facts.headline(),
+            f"use it: --set sparsity.mode=forward --set sparsity.calibration={settings.output}",
+            f"report: {path}",
+        ],
+    )
 
 
 @app.command("eval")
@@ -156,6 +195,8 @@ def report(
 def _report(source: Path) -> Path:
     from lemo import report as reports
 
+    if reports.holds_calibration(source):
+        return reports.build_calibration(source)
     return reports.build_records(source) if reports.holds_records(source) else reports.build(source)
 
 

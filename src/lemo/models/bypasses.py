@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lemo.models.mixins import INDEX, VIEW
-from lemo.models.runtime import Runtime
 from lemo.models.surgery import get_runtime
-from lemo.models.view import ArchitectureView
+from lemo.models.watching import BranchCall, watch
 from lemo.sparse.bypass import BypassFit
 
 RANK = 64
@@ -43,20 +41,22 @@ def fit_bypasses(
             "bypasses belong to mode forward; call lemo.sparsify with SparsityConfig(mode='forward') first"
         )
     fits: dict[tuple[int, str], BypassFit] = {}
-    rows: list[Tensor] = []
-    handles = [handle for layer in _layers(model, runtime) for handle in _watch(layer, fits, rows)]
+    rows = torch.empty(0, dtype=torch.bool)
+
+    def visit(call: BranchCall) -> None:
+        add_to_fit(fits, call, rows)
+
     training = model.training
+    model.eval()
     try:
-        model.eval()
-        for batch in batches:
-            ids = batch["input_ids"]
-            mask = batch.get("attention_mask")
-            rows[:] = [torch.ones_like(ids).bool().flatten() if mask is None else mask.bool().flatten()]
-            model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+        with watch(model, visit):
+            for batch in batches:
+                ids = batch["input_ids"]
+                mask = batch.get("attention_mask")
+                rows = torch.ones_like(ids).bool().flatten() if mask is None else mask.bool().flatten()
+                model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
     if not fits:
         raise ValueError("fit_bypasses got no batches; give it some thousand tokens of the data")
     solved = {key: fit.solve(rank) for key, fit in fits.items()}
@@ -64,37 +64,13 @@ def fit_bypasses(
     return {key: explained for key, (_, explained) in solved.items()}
 
 
-def _layers(model: Any, runtime: Runtime) -> list[nn.Module]:
-    found = [module for module in model.modules() if INDEX in module.__dict__]
-    assert len(found) == runtime.layers
-    return found
+def add_to_fit(fits: dict[tuple[int, str], BypassFit], call: BranchCall, rows: Tensor) -> None:
+    """Adds a branch's rows to its fit, which is begun with the first.
 
-
-def _watch(layer: Any, fits: dict[tuple[int, str], BypassFit], rows: list[Tensor]) -> list[Any]:
-    """Hooks that add each branch's input and output to its fit."""
-    view: ArchitectureView = layer.__dict__[VIEW]
-    index: int = layer.__dict__[INDEX]
-    inputs: dict[str, Tensor] = {}
-
-    def enters(branch: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[branch] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-        return hook
-
-    def leaves(branch: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            width = y.shape[-1]
-            fit = fits.setdefault((index, branch), BypassFit(width, y.device))
-            fit.add(inputs.pop(branch).reshape(-1, width)[rows[0]], y.reshape(-1, width)[rows[0]])
-
-        return hook
-
-    first, last = view.mlp_ends
-    return [
-        view.attention_module.register_forward_pre_hook(enters("attention"), with_kwargs=True),
-        view.attention_module.register_forward_hook(leaves("attention")),
-        first.register_forward_pre_hook(enters("mlp"), with_kwargs=True),
-        last.register_forward_hook(leaves("mlp")),
-    ]
+    Args:
+        fits: by (layer, branch).
+        call: the branch's.
+        rows: bool [B·T], which count.
+    """
+    fit = fits.setdefault((call.layer, call.branch), BypassFit(call.y.shape[-1], call.y.device))
+    fit.add(call.x[rows], call.y[rows])

@@ -180,6 +180,8 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         lambda x: view.attention(x, **kwargs),
         runtime.bypasses.get((index, "attention")),
         runtime.bypasses.get((index, "mlp")),
+        runtime.predictors.get((index, "attention")),
+        runtime.predictors.get((index, "mlp")),
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans(_dropout_seed(view))

@@ -14,6 +14,7 @@ from torch import Tensor
 from lemo.config import SparsityConfig
 from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.layout import causal_bounds
+from lemo.selection.predictor import Predictor
 from lemo.selection.ranking import plan_from_blocks
 from lemo.selection.spans import DrawnSpans, draw_spans
 from lemo.sparse.bypass import Bypass
@@ -61,6 +62,7 @@ class Runtime:
         layers: number of decoder layers.
         last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
+        predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
@@ -70,6 +72,7 @@ class Runtime:
     last_plans: dict[tuple[int, str], TokenPlan] = field(default_factory=dict)
     last_spans: tuple[tuple[tuple[int, int], ...], ...] = ()
     bypasses: dict[tuple[int, str], Bypass] = field(default_factory=dict)
+    predictors: dict[tuple[int, str], Predictor] = field(default_factory=dict)
     state: BatchState | None = None
     sparse_in_eval: bool = False
     dense_only: bool = False

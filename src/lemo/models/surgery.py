@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lemo.config import BranchSelection, SparsityConfig
 from lemo.models.architectures import Architecture, architecture_of
+from lemo.models.calibration import check_model, fill_in, fingerprint, read_calibration
 from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
 from lemo.models.view import ArchitectureView
@@ -38,7 +40,8 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
 
     Raises:
         ValueError: unsupported architecture (lists the supported ones), not a CausalLM, already sparsified, or
-            per-layer settings whose length isn't the number of layers.
+            per-layer settings whose length isn't the number of layers, or a calibration that is damaged or
+            another model's.
     """
     causal_lm = _causal_lm(model)
     if get_runtime(model) is not None:
@@ -46,9 +49,21 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     row = architecture_of(causal_lm.config.model_type)
     decoder = causal_lm.get_submodule(row.decoder)
     layers = list(decoder.layers)
+    calibration = None
+    if config.calibration is not None:
+        directory = Path(config.calibration)
+        calibration = read_calibration(directory)
+        embedding = causal_lm.get_input_embeddings()
+        found = fingerprint(layers, embedding)
+        check_model(directory, calibration.facts, found, embedding.weight.dtype, len(layers))
+        config = fill_in(config, calibration.facts)
     for name in ("attention", "mlp"):
         _check_per_layer(name, getattr(config, name), len(layers))
     runtime = Runtime(config, len(layers))
+    if calibration is not None:
+        device = causal_lm.get_input_embeddings().weight.device
+        runtime.bypasses = calibration.bypasses
+        runtime.predictors = {key: predictor.to(device) for key, predictor in calibration.predictors.items()}
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)
     setattr(decoder, RUNTIME, runtime)

@@ -2,6 +2,7 @@
 
 path = lemo.report.build(Path("runs/default"))  # a run of `lemo finetune`
 path = lemo.report.build_records(Path("runs/quality"))  # records of `lemo bench`
+path = lemo.report.build_calibration(Path("runs/calibration"))  # what `lemo calibrate` wrote
 """
 
 from __future__ import annotations
@@ -10,7 +11,23 @@ from pathlib import Path
 
 from lemo.report.page import build
 
-__all__ = ["build", "build_records", "holds_records"]
+__all__ = ["build", "build_calibration", "build_records", "holds_calibration", "holds_records"]
+
+
+def holds_calibration(source: Path) -> bool:
+    """Whether a directory is that of a calibration."""
+    return (source / "calibration.json").is_file()
+
+
+def build_calibration(directory: Path) -> Path:
+    """Writes the report of a calibration; an older one is replaced.
+
+    Raises:
+        UserError: a damaged calibration, or no space to write.
+    """
+    from lemo.report import calibration
+
+    return calibration.build_calibration(directory)
 
 
 def holds_records(source: Path) -> bool:

@@ -1,88 +1,191 @@
-"""Predictors of informativeness (paper section 4.3): what a block's tokens are worth, from one vector a block.
+"""Predictors of informativeness (paper section 4.3): what a block's tokens are worth, from three low-rank matrices.
 
-Attention: a pair of small networks of three low-rank matrices with ReLU maps each block's representative to I(Q) and
-I(K), whose products estimate the block-pair scores. Summed over query blocks as the exact scores are, a block's
-informativeness costs one product of sums: the pairs are never formed. MLP: a network of the same form maps the
-representative to the block's activity.
+Attention: a first matrix takes each token of the normalised input to a few numbers; their mean and maximum over the
+block, and where the block lies in its document, are the block's representative, and two more matrices with ReLU make
+of it I(Q) and I(K), whose products estimate the block-pair scores. Summed over query blocks as the exact scores are, a
+block's informativeness costs one product of sums: the pairs are never formed.
 
-A representative is the mean of the block's normalised inputs, and where the block lies in its document. Networks are
-trained in `lemo.selection.training`, where they shrink.
+MLP: three matrices with ReLU estimate each token's activity, whose mean over the block is the block's.
 
-Shapes: n blocks of one document, D hidden size, m width of I(Q) and I(K).
+The paper's representatives are means of inputs, taken before any matrix. A score is a maximum over tokens, which a mean
+of inputs hardly tells (docs/decisions/0009); to read the inputs costs the same either way.
+
+Networks are trained by `lemo.selection.predictor_training`, where they shrink (`lemo.selection.elastic`).
+
+Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lemo.types import SequenceLayout
 
 # Distances in blocks over which scores change: a block's place is told at each.
 _PERIODS = (8, 32, 128, 512)
 PLACES = 3 + 2 * len(_PERIODS)
+LAYERS = 3
 
 
 class LowRankNetwork(nn.Module):
-    """x -> relu(W3 relu(W2 relu(W1 x))); its widths may shrink while it trains.
+    """Three low-rank matrices with ReLU, whose widths may shrink while they train.
 
     Args:
-        inputs: length of x.
+        width: D.
         widths: rows of W1, W2, W3.
+        pooled: whether W2 sees W1's outputs pooled by block, and its place, or each token's.
     """
 
-    def __init__(self, inputs: int, widths: Sequence[int]) -> None:
+    def __init__(self, width: int, widths: Sequence[int], pooled: bool) -> None:
         super().__init__()
-        sizes = (inputs, *widths)
+        self.pooled = pooled
+        inputs = (width, 2 * widths[0] + PLACES if pooled else widths[0], widths[1])
         self.matrices = nn.ParameterList(
-            nn.Parameter(torch.randn(out, into) * math.sqrt(2 / into)) for into, out in pairwise(sizes)
+            nn.Parameter(torch.randn(out, into) / math.sqrt(into / 2)) for into, out in zip(inputs, widths, strict=True)
         )
+        # Outputs begin over zero: an output that is zero for every input would never learn.
+        self.matrices[-1].data.abs_()
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[int, int, int]:
         """Rows of each matrix."""
-        return tuple(matrix.shape[0] for matrix in self.matrices)
+        first, second, third = self.matrices
+        return first.shape[0], second.shape[0], third.shape[0]
 
-    def activations(self, x_nD: Tensor) -> list[Tensor]:
-        """Outputs after each ReLU, [n, width] each; the last is the network's."""
-        found = []
-        for matrix in self.matrices:
-            x_nD = torch.relu(x_nD @ matrix.T)
-            found.append(x_nD)
+    def activations(self, x_ND: Tensor, blocks: Blocks, center_D: Tensor, spread_D: Tensor) -> list[Tensor]:
+        """What each layer's neurons put out for one document, [n or N, width] each; the last is the output.
+
+        The first layer's are by token; the others' by block, in fp32, with pooling, else by token.
+
+        Args:
+            x_ND: normalised inputs of the document's rows.
+            blocks: where its blocks lie.
+            center_D, spread_D: what inputs are made comparable by.
+        """
+        first, second, third = self.matrices
+        scaled = first / spread_D
+        low = torch.relu(F.linear(x_ND, scaled.to(x_ND.dtype), -(scaled @ center_D).to(x_ND.dtype)))
+        if self.pooled:
+            mean, largest = blocks.pool(low)
+            middle = torch.relu(torch.cat([mean, largest, blocks.places(x_ND.device).to(mean.dtype)], 1) @ second.T)
+            return [low, middle, torch.relu(middle @ third.T)]
+        middle = torch.relu(low @ second.T.to(low.dtype))
+        return [low, middle, torch.relu(middle @ third.T.to(middle.dtype))]
+
+
+class Blocks:
+    """Blocks of one document of `tokens` rows.
+
+    Args:
+        tokens: its length.
+        size: tokens per block.
+    """
+
+    def __init__(self, tokens: int, size: int) -> None:
+        self.size = size
+        self.whole = tokens // size
+        self.count = -(-tokens // size)
+
+    def mean(self, rows_Nr: Tensor) -> Tensor:
+        """Over each block's rows, fp32 or wider, [n, r]."""
+        whole, rest = self._parts(rows_Nr)
+        wide = torch.promote_types(rows_Nr.dtype, torch.float32)
+        mean = whole.mean(1, dtype=wide)
+        return mean if rest is None else torch.cat([mean, rest.mean(0, keepdim=True, dtype=wide)])
+
+    def pool(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, maximum) over each block's rows, fp32 or wider, [n, r] each."""
+        whole, rest = self._parts(rows_Nr)
+        mean, largest = self.mean(rows_Nr), whole.amax(1)
+        if rest is not None:
+            largest = torch.cat([largest, rest.amax(0, keepdim=True)])
+        return mean, largest.to(mean.dtype)
+
+    def _parts(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The whole blocks' rows [whole, size, r], and those of the last if it is short."""
+        end = self.whole * self.size
+        whole = rows_Nr[:end].view(self.whole, self.size, -1)
+        return whole, rows_Nr[end:] if self.whole < self.count else None
+
+    def places(self, device: torch.device) -> Tensor:
+        """Where each block lies, fp32 [n, PLACES]; nothing of it depends on later blocks."""
+        index = torch.arange(self.count, device=device, dtype=torch.float32)
+        angles = [2 * math.pi * index / period for period in _PERIODS]
+        columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
+        columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
+        return torch.stack(columns, 1)
+
+
+class Predictor(nn.Module):
+    """What both kinds share: inputs made comparable, outputs in the scores' unit.
+
+    Attributes:
+        networks: by name.
+        center, spread: mean and standard deviation of each input on the sample, [D].
+        scale: mean of the exact scores on the sample.
+    """
+
+    center: Tensor
+    spread: Tensor
+    scale: Tensor
+
+    def __init__(self, networks: dict[str, LowRankNetwork], width: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def measure(self, x_ND: Tensor, mean_score: Tensor) -> None:
+        """Takes center, spread and scale from a sample."""
+        x_ND = x_ND.float()
+        self.center.copy_(x_ND.mean(0))
+        self.spread.copy_(x_ND.std(0, correction=0).clamp(min=1e-6))
+        self.scale.copy_(mean_score.clamp(min=torch.finfo(torch.float32).tiny))
+
+    def activations(self, x_ND: Tensor, blocks: Blocks) -> dict[str, list[Tensor]]:
+        """`LowRankNetwork.activations` of each network."""
+        found = {}
+        for name, network in self.networks.items():
+            assert isinstance(network, LowRankNetwork)
+            found[name] = network.activations(x_ND, blocks, self.center, self.spread)
         return found
 
-    def forward(self, x_nD: Tensor) -> Tensor:
-        """[n, last width]."""
-        return self.activations(x_nD)[-1]
+    @property
+    def size(self) -> int:
+        """Numbers in the matrices."""
+        return sum(p.numel() for p in self.parameters())
+
+    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
+        """One document's block scores, fp32 [n], as `lemo.selection.scores` computes them from exact ones."""
+        raise NotImplementedError
 
 
-class AttentionPredictor(nn.Module):
+class AttentionPredictor(Predictor):
     """I(Q) and I(K) of blocks.
 
     Args:
-        inputs: length of a representative with its place.
+        width: D.
         widths: of both networks.
-        scale: mean of the exact pair scores that it was trained on.
     """
 
-    def __init__(self, inputs: int, widths: Sequence[int], scale: float = 1.0) -> None:
-        super().__init__()
-        self.query = LowRankNetwork(inputs, widths)
-        self.key = LowRankNetwork(inputs, widths)
-        self.register_buffer("scale", torch.tensor(scale))
+    def __init__(self, width: int, widths: Sequence[int]) -> None:
+        super().__init__({name: LowRankNetwork(width, widths, pooled=True) for name in ("query", "key")}, width)
 
-    def pair_scores(self, x_nD: Tensor) -> Tensor:
+    def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
-        return (self.query(x_nD) @ self.key(x_nD).T).tril() * self.scale
+        found = self.activations(x_ND, blocks)
+        return (found["query"][-1] @ found["key"][-1].T).tril() * self.scale
 
-    def informativeness(self, x_nD: Tensor, causal: bool) -> Tensor:
-        """`lemo.selection.scores.attention_informativeness` of the estimated pair scores, [n], in O(n·m)."""
-        query, key = self.query(x_nD), self.key(x_nD)
-        n = x_nD.shape[0]
+    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
+        found = self.activations(x_ND, blocks)
+        query, key = found["query"][-1], found["key"][-1]
+        n = blocks.count
         if not causal:
             later = query.flip(0).cumsum(0).flip(0)
             return (later * key).sum(-1) * self.scale / n
@@ -91,48 +194,41 @@ class AttentionPredictor(nn.Module):
         return torch.cat([view.new_zeros(1), view[:-1]])
 
 
-class ActivityPredictor(nn.Module):
+class ActivityPredictor(Predictor):
     """The MLP's mean activity in blocks.
 
     Args:
-        inputs: length of a representative with its place.
-        widths: of the hidden layers.
-        scale: mean activity that it was trained on.
+        width: D.
+        widths: of the network; the last becomes 1.
     """
 
-    def __init__(self, inputs: int, widths: Sequence[int], scale: float = 1.0) -> None:
-        super().__init__()
-        self.network = LowRankNetwork(inputs, (*widths, 1))
-        self.register_buffer("scale", torch.tensor(scale))
+    def __init__(self, width: int, widths: Sequence[int]) -> None:
+        super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
 
-    def forward(self, x_nD: Tensor) -> Tensor:
-        """[n]."""
-        return self.network(x_nD)[:, 0] * self.scale
+    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
+        tokens = self.activations(x_ND, blocks)["activity"][-1]
+        score = blocks.mean(tokens)[:, 0] * self.scale
+        return torch.cat([score.new_zeros(1), score[:-1]]) if causal else score
 
 
-def representatives(normed_ND: Tensor, layout: SequenceLayout) -> list[Tensor]:
-    """Each document's representatives: mean of each block's rows, then its place; fp32 [n, D + PLACES].
+KINDS: dict[str, type[AttentionPredictor] | type[ActivityPredictor]] = {
+    "attention": AttentionPredictor,
+    "mlp": ActivityPredictor,
+}
+
+
+def predicted_scores(predictor: Predictor, normed_ND: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+    """Estimated block scores of a batch, fp32 [blocks].
 
     Args:
+        predictor: of the branch.
         normed_ND: the branch's normalised input, [B·T, D].
         layout: documents and blocks.
+        causal: the score that looks at earlier blocks only.
     """
-    size, found = layout.block_size, []
-    for (first, end), blocks in zip(layout.documents, layout.blocks_per_document, strict=True):
-        whole = (end - first) // size
-        rows = normed_ND[first : first + whole * size]
-        means = rows.view(whole, size, -1).mean(1, dtype=torch.float32)
-        if whole < blocks:
-            rest = normed_ND[first + whole * size : end].mean(0, keepdim=True, dtype=torch.float32)
-            means = torch.cat([means, rest])
-        found.append(torch.cat([means, places(blocks, means.device)], 1))
-    return found
-
-
-def places(blocks: int, device: torch.device) -> Tensor:
-    """Where each block of a document lies, fp32 [blocks, PLACES]; nothing of it depends on later blocks."""
-    index = torch.arange(blocks, device=device, dtype=torch.float32)
-    angles = [2 * math.pi * index / period for period in _PERIODS]
-    columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
-    columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
-    return torch.stack(columns, 1)
+    return torch.cat(
+        [
+            predictor.informativeness(normed_ND[first:end], Blocks(end - first, layout.block_size), causal)
+            for first, end in layout.documents
+        ]
+    )

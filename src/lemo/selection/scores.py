@@ -62,11 +62,13 @@ def _block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size:
 def attention_informativeness(pair_scores: Tensor, causal: bool) -> Tensor:
     """A document's block scores from its pair scores, fp32 [blocks].
 
-    The paper's: sum over later query blocks. Causal: the mean of the preceding block's own row, 0 for the first.
+    The paper's: sum over later query blocks, here divided by the document's blocks, which changes no order in it and
+    lets one threshold serve documents of any length. Causal: the mean of the preceding block's own row, 0 for the
+    first.
     """
-    if not causal:
-        return pair_scores.sum(0)
     blocks = pair_scores.shape[0]
+    if not causal:
+        return pair_scores.sum(0) / blocks
     view = pair_scores.sum(1) / torch.arange(1, blocks + 1, device=pair_scores.device)
     return torch.cat([view.new_zeros(1), view[:-1]])
 
@@ -106,6 +108,14 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
     kept = edge.clone()
     kept[order] |= rank < most_blocks(layout, _at(selection.keep, layer))[layout.document_of_block[order]]
     return plan_from_blocks(kept, layout)
+
+
+def keeps_everything(selection: BranchSelection, layer: int) -> bool:
+    """Whether a layer's branch stays dense whatever the scores, which are never negative."""
+    if selection.threshold is not None:
+        return _at(selection.threshold, layer) <= 0.0
+    assert selection.keep is not None
+    return _at(selection.keep, layer) == 1.0
 
 
 def _at(value: float | tuple[float, ...], layer: int) -> float:

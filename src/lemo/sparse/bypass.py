@@ -54,6 +54,11 @@ class BypassFit:
         self._x, self._y, self._yy = zeros(width), zeros(width), zeros(1)[0]
         self._xx, self._xy = zeros(width, width), zeros(width, width)
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self._x.numel()
+
     def add(self, x_ND: Tensor, y_ND: Tensor) -> None:
         """Some rows' inputs and outputs of the branch."""
         x, y = x_ND.detach().float(), y_ND.detach().float()

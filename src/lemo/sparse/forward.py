@@ -18,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from lemo.config import SparsityConfig
 from lemo.selection.layout import rows_left_out
+from lemo.selection.predictor import Predictor, predicted_scores
 from lemo.selection.ranking import plan_from_blocks
 from lemo.selection.scores import (
     attention_informativeness,
     block_pair_scores,
+    keeps_everything,
     mlp_informativeness,
     select_by_score,
 )
@@ -60,6 +62,7 @@ class ForwardCall:
         layer: index of the layer, for per-layer thresholds.
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
         attention_bypass, mlp_bypass: what eliminated rows get in the branch's place; None for nothing.
+        attention_predictor, mlp_predictor: give the scores in place of exact ones; None computes them.
     """
 
     view: LayerView
@@ -70,6 +73,8 @@ class ForwardCall:
     attend: Callable[[Tensor], Tensor]
     attention_bypass: Bypass | None = None
     mlp_bypass: Bypass | None = None
+    attention_predictor: Predictor | None = None
+    mlp_predictor: Predictor | None = None
 
 
 def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Tensor:
@@ -147,11 +152,14 @@ def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowD
 def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     view, layout = call.view, call.layout
     selection = call.config.attention_selection
-    if selection is None:
+    if selection is None or keeps_everything(selection, call.layer):
         return _everything(layout, hidden_BTD.device)
     with NoDropout():
         hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.attention_norm(hidden)
+        if call.attention_predictor is not None:
+            score = predicted_scores(call.attention_predictor, normed, layout, call.config.score == "causal")
+            return select_by_score(score, layout, selection, call.layer)
         q = view.query(normed, call.rotary)
         k, _ = view.key_value(normed, call.rotary)
         scores = [
@@ -168,8 +176,13 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
 def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     view, layout = call.view, call.layout
     selection = call.config.mlp_selection
-    if selection is None:
+    if selection is None or keeps_everything(selection, call.layer):
         return _everything(layout, hidden_BTD.device)
+    if call.mlp_predictor is not None:
+        hidden = hidden_BTD.flatten(0, 1)
+        normed = hidden if view.post_norm else view.mlp_norm(hidden)
+        score = predicted_scores(call.mlp_predictor, normed, layout, call.config.score == "causal")
+        return select_by_score(score, layout, selection, call.layer)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(

@@ -1,0 +1,91 @@
+"""Fits predictors and bypasses to a stream of sequences, in one pass of the frozen dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.calibration.config import CalibrationConfig
+from lemo.models.bypasses import add_to_fit
+from lemo.models.calibration import BRANCHES, Key
+from lemo.models.watching import BranchCall, watch
+from lemo.selection.predictor import KINDS, Predictor
+from lemo.selection.predictor_training import Example, PredictorTraining, Schedule
+from lemo.selection.scores import block_pair_scores
+from lemo.sparse.bypass import Bypass, BypassFit
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """By (layer, branch): predictors, bypasses; numbers in each predictor before it shrank; variance explained."""
+
+    predictors: dict[Key, Predictor]
+    bypasses: dict[Key, Bypass]
+    first_size: dict[Key, int]
+    explained: dict[Key, float]
+
+
+def exact_scores(call: BranchCall, block_size: int) -> Tensor:
+    """What a predictor is to estimate of one document: pair scores [n, n], or activities of its tokens [N]."""
+    if call.branch == "attention":
+        q = call.view.query(call.x, call.rotary)
+        k, _ = call.view.key_value(call.x, call.rotary)
+        return block_pair_scores(q, k, call.view.scaling, block_size, call.view.window)
+    return call.view.mlp_activity(call.x)
+
+
+@torch.no_grad()
+def fit(
+    model: Any, sequences: Iterable[Tensor], count: int, config: CalibrationConfig, told: Callable[[int], None]
+) -> Fitted:
+    """Predictors and bypasses of every layer's branches that may leave blocks out.
+
+    Args:
+        model: sparsified with mode `forward`, in evaluation mode.
+        sequences: token ids [T] on the model's device; read one at a time.
+        count: how many there are.
+        config: sizes and schedules.
+        told: called with the number of sequences seen.
+    """
+    settings = config.predictor
+    schedule = Schedule(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        prune_above=settings.prune_above,
+        prune_every=settings.prune_every,
+    )
+    steps = -(-settings.steps // count)
+    branches = BRANCHES if config.branches == "both" else (config.branches,)
+    torch.manual_seed(config.seed)
+    trainings: dict[Key, PredictorTraining] = {}
+    first_size: dict[Key, int] = {}
+    fits: dict[Key, BypassFit] = {}
+
+    def visit(call: BranchCall) -> None:
+        if call.branch not in branches:
+            return
+        key = (call.layer, call.branch)
+        if key not in trainings:
+            predictor = KINDS[call.branch](call.x.shape[-1], settings.widths).to(call.x.device)
+            first_size[key] = predictor.size
+            trainings[key] = PredictorTraining(predictor, config.block_size, schedule, config.seed)
+        trainings[key].see(Example(call.x.clone(), exact_scores(call, config.block_size)), steps)
+        if config.bypass_rank:
+            add_to_fit(fits, call, torch.ones(call.x.shape[0], dtype=torch.bool, device=call.x.device))
+
+    with watch(model, visit):
+        for number, ids in enumerate(sequences, start=1):
+            model.get_decoder()(input_ids=ids[None], use_cache=False)
+            told(number)
+    solved = {key: fit.solve(min(config.bypass_rank, fit.width)) for key, fit in fits.items()}
+    return Fitted(
+        predictors={key: training.predictor.requires_grad_(False) for key, training in trainings.items()},
+        bypasses={key: bypass for key, (bypass, _) in solved.items()},
+        first_size=first_size,
+        explained={key: explained for key, (_, explained) in solved.items()},
+    )

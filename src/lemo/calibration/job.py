@@ -1,0 +1,346 @@
+"""One calibration, from the model to the directory that `SparsityConfig(calibration=...)` names.
+
+Three phases, each of which leaves its result behind, so that an interrupted calibration goes on: predictors and
+bypasses are fitted (begun anew if it was cut off), losses with blocks left out are measured one by one, and the
+calibration is written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lemo
+from lemo.calibration.allocation import LEVELS, algorithm1, by_curves
+from lemo.calibration.config import CalibrationConfig, load_calibration
+from lemo.calibration.fitting import Fitted, fit
+from lemo.calibration.judging import Judge, Scored
+from lemo.config import RunConfig, SparsityConfig
+from lemo.config_io import SAVED_CONFIG, save_resolved
+from lemo.data import Collator
+from lemo.data.loading import load
+from lemo.errors import UserError
+from lemo.models import get_runtime
+from lemo.models.architectures import architecture_of
+from lemo.models.calibration import (
+    BRANCHES,
+    FACTS_FILE,
+    FORMAT,
+    TENSORS_FILE,
+    BranchFacts,
+    Calibration,
+    Facts,
+    Key,
+    bypasses_of,
+    fingerprint,
+    predictors_of,
+    read_calibration,
+    tensors_of,
+    widths_of,
+)
+from lemo.models.device import choose_device
+from lemo.models.loading import load_model
+from lemo.training.checks import check_length, fingerprint_data
+from lemo.training.directory import refuse_used
+from lemo.training.storage import storage_errors, sync_directory, sync_file, write_json
+
+LEDGER = "losses.jsonl"
+EXAMPLE = "example.safetensors"
+_FITTED = "fitted"
+
+
+def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration:
+    """Fits, judges and writes a calibration.
+
+    Args:
+        config: what is calibrated. `config.output` must be absent or empty, unless `resume`.
+        resume: go on in the directory; all settings must be as they were.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: anything the user can fix.
+    """
+    started = time.perf_counter()
+    console = Console(stderr=True)
+    directory = Path(config.output)
+    if resume:
+        _refuse_changed(config, directory)
+    else:
+        refuse_used(directory, "go on with the calibration in it")
+    device = choose_device(config.device)
+    model, tokenizer = load_model(config.model, device)
+    check_length(model, RunConfig(model=config.model, data=config.data))
+    data = load(config.data, tokenizer, config.seed)
+    console.print(data.report.render())
+    train, heldout = _first(data.train, config.fit_sequences), _first(data.heldout, config.judge_sequences)
+    _refuse_short([*train["input_ids"], *heldout["input_ids"]], config)
+    identity = fingerprint_data(train) + fingerprint_data(heldout)
+    with storage_errors("the calibration", directory, "choose another --output"):
+        directory.mkdir(parents=True, exist_ok=True)
+        save_resolved(config, directory / SAVED_CONFIG)
+    if resume and (directory / FACTS_FILE).is_file():
+        console.print("the calibration is finished; nothing is left to do")
+        return read_calibration(directory)
+
+    try:
+        lemo.sparsify(model, SparsityConfig(mode="forward", keep=1.0, block_size=config.block_size, score=config.score))
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    model.eval()
+    with storage_errors("the calibration", directory, "free some space, then go on with --resume"):
+        fitted = _fitted(model, train, identity, config, console, directory)
+        runtime = get_runtime(model)
+        assert runtime is not None
+        runtime.predictors, runtime.bypasses = fitted.predictors, fitted.bypasses
+        judge = Judge(
+            model,
+            heldout,
+            Collator.for_tokenizer(tokenizer),
+            block_size=config.block_size,
+            causal=config.score == "causal",
+            device=device,
+            max_tokens=config.data.max_tokens,
+            ledger=directory / LEDGER,
+        )
+        shares, costs = _allocate(judge, config, console)
+        facts = _facts(model, judge, fitted, shares, costs, config)
+        facts.data, facts.tokens = identity, sum(map(len, train["input_ids"]))
+        facts.seconds = time.perf_counter() - started
+        _write(directory, facts, fitted, judge.scored())
+    return read_calibration(directory)
+
+
+# ---- Before any work ----
+
+
+def _refuse_changed(config: CalibrationConfig, directory: Path) -> None:
+    saved = directory / SAVED_CONFIG
+    if not saved.is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"--output {directory} holds no calibration to resume; choose another --output")
+        return
+    old = load_calibration(saved).model_dump(exclude={"output", "device"})
+    new = config.model_dump(exclude={"output", "device"})
+    changed = [name for name in new if old[name] != new[name]]
+    if changed:
+        raise UserError(
+            f"--resume: {', '.join(changed)} differ from the calibration in {directory} ({saved.name}); choose another "
+            "--output"
+        )
+
+
+def _first(rows: Dataset, count: int) -> Dataset:
+    return rows.select(range(min(count, len(rows))))
+
+
+def _refuse_short(sequences: list[list[int]], config: CalibrationConfig) -> None:
+    least = 4 * config.block_size
+    longest = max(map(len, sequences), default=0)
+    if longest < least:
+        raise UserError(
+            f"the longest sequence has {longest} tokens, under four blocks of {config.block_size}: there is nothing to "
+            "choose from; lower block_size, or calibrate on longer documents"
+        )
+
+
+# ---- Phases ----
+
+
+def _fitted(
+    model: Any, train: Dataset, identity: str, config: CalibrationConfig, console: Console, directory: Path
+) -> Fitted:
+    """What an interrupted calibration had fitted, or a new fit."""
+    facts, tensors = directory / f"{_FITTED}.json", directory / f"{_FITTED}.safetensors"
+    device = next(model.parameters()).device
+    if facts.is_file():
+        values = json.loads(facts.read_text(encoding="utf-8"))
+        if values["data"] != identity:
+            raise UserError(f"--resume: the data isn't what it was when {directory} was begun; choose another --output")
+        return _read_fitted(values, load_file(tensors), device)
+
+    def told(number: int) -> None:
+        if number % 8 == 0 or number == len(train):
+            console.print(f"fitted to {number} of {len(train)} sequences", highlight=False)
+
+    def stream() -> Iterator[Tensor]:
+        for row in train:
+            yield torch.tensor(row["input_ids"], device=device)
+
+    fitted = fit(model, stream(), len(train), config, told)
+    save_file(tensors_of(fitted.predictors, fitted.bypasses), tensors)
+    sync_file(tensors)
+    write_json(
+        facts,
+        {
+            "data": identity,
+            "widths": widths_of(fitted.predictors),
+            "first_size": _named(fitted.first_size),
+            "explained": _named(fitted.explained),
+        },
+    )
+    return fitted
+
+
+def _named(values: Mapping[Key, Any]) -> dict[str, Any]:
+    return {f"{layer}.{branch}": value for (layer, branch), value in values.items()}
+
+
+def _read_fitted(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Fitted:
+    def keyed(name: str) -> dict[Key, Any]:
+        return {(int(key.split(".")[0]), key.split(".")[1]): value for key, value in values[name].items()}
+
+    predictors = {key: predictor.to(device) for key, predictor in predictors_of(values["widths"], tensors).items()}
+    return Fitted(predictors, bypasses_of(tensors), keyed("first_size"), keyed("explained"))
+
+
+def _allocate(
+    judge: Judge, config: CalibrationConfig, console: Console
+) -> tuple[dict[Key, float], dict[Key, dict[float, float]]]:
+    """The shares to keep, and what was measured for them: unit -> share -> rise of the loss."""
+    units = sorted(judge.scored().score)
+    dense = _mean(judge.losses({}))
+    costs: dict[Key, dict[float, float]] = {unit: {} for unit in units}
+    for number, unit in enumerate(units, start=1):
+        for level in LEVELS if config.allocation == "curves" else (0.5,):
+            costs[unit][level] = _mean(judge.losses({unit: level})) - dense
+        if number % 10 == 0 or number == len(units):
+            console.print(f"cost of {number} of {len(units)} branches measured", highlight=False)
+    keep = _average_over_units(config)
+    if config.allocation == "uniform" and config.loss_tolerance is None:
+        return dict.fromkeys(units, keep), costs
+    if config.allocation == "algorithm1":
+        return algorithm1(_over_mean(judge.scored()), keep, judge.losses), costs
+    if config.loss_tolerance is None:
+        return by_curves(costs, keep), costs
+    return _within(config.loss_tolerance, judge, costs, dense, config), costs
+
+
+def _average_over_units(config: CalibrationConfig) -> float:
+    """`keep` counts both branches; where one stays dense the other must leave out twice as much."""
+    if config.branches == "both":
+        return config.keep
+    keep = 2 * config.keep - 1
+    if keep <= 0:
+        raise UserError(
+            f"keep={config.keep:g} over both branches can't be reached by {config.branches} alone, which is half of "
+            "them; raise keep over 0.5, or set branches=both"
+        )
+    return keep
+
+
+def _over_mean(scored: Scored) -> dict[Key, float]:
+    """Share of blocks over the mean score (the paper's first thresholds)."""
+    return {unit: float((score >= score.mean()).float().mean()) for unit, score in scored.score.items()}
+
+
+def _within(
+    tolerance: float, judge: Judge, costs: dict[Key, dict[float, float]], dense: float, config: CalibrationConfig
+) -> dict[Key, float]:
+    """The smallest average whose loss, measured with all units at once, stays within the tolerance; by bisection."""
+    units = list(costs)
+
+    def shares(keep: float) -> dict[Key, float]:
+        return dict.fromkeys(units, keep) if config.allocation == "uniform" else by_curves(costs, keep)
+
+    low, high = min(LEVELS), 1.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        if _mean(judge.losses(shares(middle))) - dense <= tolerance:
+            high = middle
+        else:
+            low = middle
+    return shares(high)
+
+
+# ---- The result ----
+
+
+def _facts(
+    model: Any,
+    judge: Judge,
+    fitted: Fitted,
+    shares: dict[Key, float],
+    costs: dict[Key, dict[float, float]],
+    config: CalibrationConfig,
+) -> Facts:
+    thresholds = judge.thresholds(shares)
+    losses, kept = judge.measure(thresholds)
+    layers = judge.runtime.layers
+    uniform = None
+    if config.allocation != "uniform":
+        average = sum(shares.values()) / len(shares)
+        uniform = _mean(judge.losses(dict.fromkeys(shares, average)))
+    scored = judge.scored()
+
+    def column(values: Mapping[Key, Any], branch: str, otherwise: Any) -> list[Any]:
+        return [values.get((layer, branch), otherwise) for layer in range(layers)]
+
+    sizes = {key: predictor.size for key, predictor in fitted.predictors.items()}
+    half = {unit: curve[0.5] for unit, curve in costs.items()}
+    branches = {
+        branch: BranchFacts(
+            thresholds=column(thresholds, branch, 0.0),
+            keep=column(kept, branch, 1.0),
+            cost=column(half, branch, 0.0),
+            recall=column(scored.recall, branch, 1.0),
+            size=column(sizes, branch, 0),
+            first_size=column(fitted.first_size, branch, 0),
+            explained=column(fitted.explained, branch, 1.0) if fitted.explained else None,
+        )
+        for branch in BRANCHES
+        if any(unit[1] == branch for unit in shares)
+    }
+    decoder = model.get_submodule(architecture_of(model.config.model_type).decoder)
+    embedding = model.get_input_embeddings()
+    return Facts(
+        format=FORMAT,
+        lemo=version("lemo"),
+        model=config.model.name,
+        dtype=str(embedding.weight.dtype).removeprefix("torch."),
+        fingerprint=fingerprint(decoder.layers, embedding),
+        data="",
+        tokens=0,
+        judged_tokens=int(scored.tokens.sum()),
+        block_size=config.block_size,
+        score=config.score,
+        average_keep=sum(kept.values()) / (2 * layers) + (1 - len(kept) / (2 * layers)),
+        loss_dense=_mean(judge.losses({})),
+        loss_sparse=_mean(losses),
+        loss_uniform=uniform,
+        branches=branches,
+        widths=widths_of(fitted.predictors),
+        settings=config.model_dump(mode="json"),
+        seconds=0.0,
+    )
+
+
+def _write(directory: Path, facts: Facts, fitted: Fitted, scored: Scored) -> None:
+    """Everything, the facts last: with them the calibration is whole."""
+    save_file(tensors_of(fitted.predictors, fitted.bypasses), directory / f".tmp-{TENSORS_FILE}")
+    (directory / f".tmp-{TENSORS_FILE}").rename(directory / TENSORS_FILE)
+    sync_file(directory / TENSORS_FILE)
+    pictures = {}
+    for (layer, _), (predicted, exact) in scored.example.items():
+        pictures[f"{layer}.predicted"] = predicted.half().contiguous()
+        pictures[f"{layer}.exact"] = exact.half().contiguous()
+    save_file(pictures, directory / EXAMPLE)
+    sync_directory(directory)
+    write_json(directory / FACTS_FILE, facts.model_dump(mode="json"))
+    for path in directory.glob(f"{_FITTED}.*"):
+        path.unlink()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,203 @@
+"""Judges a calibration on held-out sequences: scores, recall, and the loss with blocks left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from lemo.calibration.allocation import threshold_of
+from lemo.calibration.fitting import exact_scores
+from lemo.config import BranchSelection
+from lemo.errors import UserError
+from lemo.evaluation import evaluate
+from lemo.models import get_runtime, sparse_evaluation
+from lemo.models.calibration import BRANCHES, Key
+from lemo.models.watching import BranchCall, watch
+from lemo.selection.predictor import AttentionPredictor, Blocks
+from lemo.selection.predictor_training import recall
+from lemo.selection.scores import attention_informativeness
+
+RECALL_KEEP = 0.5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the dense model's branches are worth on the sample, by unit.
+
+    Attributes:
+        score: predicted, of all blocks of all sequences, on the CPU.
+        edge: bool, first and last blocks.
+        tokens: in each block.
+        recall: mean over sequences, of half of the blocks.
+        example: unit -> (predicted, exact) pair scores of the first sequence; of attention alone.
+    """
+
+    score: dict[Key, Tensor]
+    edge: Tensor
+    tokens: Tensor
+    recall: dict[Key, float]
+    example: dict[Key, tuple[Tensor, Tensor]]
+
+
+class Judge:
+    """Losses of one model on one sample, each computed once: what was computed lies in a file and is read back.
+
+    Args:
+        model: sparsified with mode `forward`; its runtime holds the predictors and bypasses.
+        rows: held-out sequences.
+        collate: rows to tensors.
+        block_size: tokens per block.
+        causal: whether scores are the causal ones.
+        device: where the model is.
+        max_tokens: longest sequence.
+        ledger: file of losses that have been computed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Dataset,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        *,
+        block_size: int,
+        causal: bool,
+        device: str,
+        max_tokens: int,
+        ledger: Path,
+    ) -> None:
+        self.model, self.rows, self.collate = model, rows, collate
+        self.block_size, self.causal, self.device, self.max_tokens = block_size, causal, device, max_tokens
+        runtime = get_runtime(model)
+        assert runtime is not None, "calibration sparsifies"
+        self.runtime = runtime
+        self._ledger = ledger
+        self._known = _read_ledger(ledger)
+        self._scored: Scored | None = None
+        self.computed = 0
+
+    @torch.no_grad()
+    def scored(self) -> Scored:
+        """Predicted scores and recall, from one pass of the dense model over the sample."""
+        if self._scored is not None:
+            return self._scored
+        scores: dict[Key, list[Tensor]] = {}
+        recalls: dict[Key, list[float]] = {}
+        example: dict[Key, tuple[Tensor, Tensor]] = {}
+        edge, tokens = [], []
+
+        def visit(call: BranchCall) -> None:
+            key = (call.layer, call.branch)
+            predictor = self.runtime.predictors.get(key)
+            if predictor is None:
+                return
+            blocks = Blocks(call.x.shape[0], self.block_size)
+            predicted = predictor.informativeness(call.x, blocks, self.causal)
+            exact = exact_scores(call, self.block_size)
+            if key not in example and isinstance(predictor, AttentionPredictor):
+                example[key] = (predictor.pair_scores(call.x, blocks).cpu(), exact.cpu())
+            scores.setdefault(key, []).append(predicted.cpu())
+            wanted = block_scores(exact, blocks, self.causal)
+            recalls.setdefault(key, []).append(recall(predicted, wanted, RECALL_KEEP))
+
+        with watch(self.model, visit):
+            for row in self.rows:
+                ids = torch.tensor(row["input_ids"], device=self.device)
+                self.model.get_decoder()(input_ids=ids[None], use_cache=False)
+                n = -(-len(ids) // self.block_size)
+                ends = torch.zeros(n, dtype=torch.bool)
+                ends[[0, -1]] = True
+                edge.append(ends)
+                sizes = torch.full((n,), self.block_size)
+                sizes[-1] = len(ids) - (n - 1) * self.block_size
+                tokens.append(sizes)
+        self._scored = Scored(
+            score={key: torch.cat(parts) for key, parts in scores.items()},
+            edge=torch.cat(edge),
+            tokens=torch.cat(tokens),
+            recall={key: sum(values) / len(values) for key, values in recalls.items()},
+            example=example,
+        )
+        return self._scored
+
+    def thresholds(self, shares: Mapping[Key, float]) -> dict[Key, float]:
+        """The thresholds that keep these shares on the sample, as the dense model scores it."""
+        found = self.scored()
+        return {key: threshold_of(found.score[key], found.edge, found.tokens, keep) for key, keep in shares.items()}
+
+    def losses(self, shares: Mapping[Key, float]) -> list[float]:
+        """Loss of each sequence with these shares kept, units without one dense; nats a labelled token."""
+        return self.measure(self.thresholds(shares))[0]
+
+    def measure(self, thresholds: Mapping[Key, float]) -> tuple[list[float], dict[Key, float]]:
+        """(loss of each sequence, share of tokens each unit kept) with these thresholds."""
+        name = json.dumps(sorted([*key, value] for key, value in thresholds.items() if value > 0))
+        if name not in self._known:
+            before = self.runtime.config
+            selection: dict[str, Any] = {
+                branch: BranchSelection(
+                    threshold=tuple(thresholds.get((layer, branch), 0.0) for layer in range(self.runtime.layers))
+                )
+                for branch in BRANCHES
+            }
+            self.runtime.config = before.model_copy(update={"keep": None, **selection})
+            self.runtime.collect()
+            try:
+                with sparse_evaluation(self.model):
+                    result = evaluate(
+                        self.model,
+                        self.rows,
+                        self.collate,
+                        documents=len(self.rows),
+                        buckets=1,
+                        device=self.device,
+                        max_tokens=self.max_tokens,
+                    )
+                kept = self.runtime.collect().keep
+            finally:
+                self.runtime.config = before
+            losses = [document.loss for document in result.documents if document.loss is not None]
+            self._known[name] = (losses, [list(pair) for pair in kept])
+            self.computed += 1
+            _append(self._ledger, {"thresholds": name, "losses": losses, "keep": kept})
+        losses, kept_by_layer = self._known[name]
+        return losses, {key: kept_by_layer[key[0]][BRANCHES.index(key[1])] for key in self.scored().score}
+
+
+def block_scores(exact: Tensor, blocks: Blocks, causal: bool) -> Tensor:
+    """Block scores [n] from `exact_scores`."""
+    if exact.dim() == 2:
+        return attention_informativeness(exact, causal)
+    score = blocks.mean(exact[:, None])[:, 0]
+    return torch.cat([score.new_zeros(1), score[:-1]]) if causal else score
+
+
+def _read_ledger(path: Path) -> dict[str, tuple[list[float], Sequence[Sequence[float]]]]:
+    """A line cut short by a kill is left out; any other damage is an error."""
+    if not path.is_file():
+        return {}
+    known = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+            known[value["thresholds"]] = (value["losses"], value["keep"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}, is damaged; calibrate into another --output") from error
+    return known
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,263 @@
+"""A calibration: what `forward` mode needs to know of a model, made by `lemo calibrate`, and how a model takes it up.
+
+A directory of two files: `calibration.json`, facts and thresholds, and `calibration.safetensors`, the predictors'
+matrices and the bypasses. It belongs to one model in one dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lemo.config import BranchSelection, SparsityConfig
+from lemo.selection.predictor import KINDS, LowRankNetwork, Predictor
+from lemo.sparse.bypass import Bypass
+
+FORMAT = 1
+FACTS_FILE = "calibration.json"
+TENSORS_FILE = "calibration.safetensors"
+Branch = Literal["attention", "mlp"]
+BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
+Key = tuple[int, str]
+
+
+class BranchFacts(BaseModel):
+    """One branch, a number a layer.
+
+    Attributes:
+        thresholds: smallest score that is kept; 0 keeps everything.
+        keep: share of the blocks these keep on the sample judged.
+        cost: rise of the loss (nats) on that sample where half of the branch's blocks are left out and nothing else.
+        recall: share of the blocks with the highest exact scores, half of all, that the predictor ranks as high.
+        size: numbers in the predictor's matrices; `first_size` before it shrank.
+        explained: share of the branch's variance that its bypass explains; None without bypass.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    thresholds: list[float]
+    keep: list[float]
+    cost: list[float]
+    recall: list[float]
+    size: list[int]
+    first_size: list[int]
+    explained: list[float] | None
+
+
+class Facts(BaseModel):
+    """`calibration.json`.
+
+    Attributes:
+        format: of the two files.
+        lemo: version that wrote them.
+        model, dtype, fingerprint: what was calibrated.
+        data: fingerprint of the sequences; `tokens` of them fitted, `judged_tokens` judged.
+        block_size, score: as in `SparsityConfig`.
+        average_keep: over both branches of all layers, on the sample judged.
+        loss_dense, loss_sparse: on that sample, nats a token.
+        widths: rows of each predictor's matrices, `LAYER.BRANCH.NETWORK` -> three numbers.
+        settings: resolved configuration of the calibration.
+        seconds: how long it took.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    lemo: str
+    model: str
+    dtype: str
+    fingerprint: str
+    data: str
+    tokens: int
+    judged_tokens: int
+    block_size: int = Field(ge=1)
+    score: Literal["paper", "causal"]
+    average_keep: float
+    loss_dense: float
+    loss_sparse: float
+    loss_uniform: float | None
+    branches: dict[Branch, BranchFacts]
+    widths: dict[str, tuple[int, int, int]]
+    settings: dict[str, Any]
+    seconds: float
+
+    def headline(self) -> str:
+        """One line on what came out."""
+        uniform = "" if self.loss_uniform is None else f", {self.loss_uniform:.4f} with the same keep everywhere"
+        return (
+            f"average keep {self.average_keep:.3f}: held-out loss {self.loss_dense:.4f} dense, {self.loss_sparse:.4f} "
+            f"sparse{uniform}"
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the directory holds; `predictors` and `bypasses` by (layer, branch), on the CPU."""
+
+    facts: Facts
+    predictors: dict[Key, Predictor]
+    bypasses: dict[Key, Bypass]
+
+
+def fingerprint(layers: Iterable[nn.Module], embedding: nn.Module) -> str:
+    """A hash of a model's norms and of its first embeddings, which neither LoRA nor quantisation changes.
+
+    The same for copies in fp32 and bf16.
+    """
+    digest = hashlib.sha256()
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() == 1 and name.endswith("norm.weight"):
+                digest.update(_bytes(parameter))
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    digest.update(f"{tuple(weight.shape)}".encode())
+    digest.update(_bytes(weight[:64].flatten()))
+    return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
+def read_calibration(directory: Path) -> Calibration:
+    """Reads a calibration.
+
+    Raises:
+        ValueError: no such directory, a file missing or damaged, or another version's format.
+    """
+    facts_path, tensors_path = directory / FACTS_FILE, directory / TENSORS_FILE
+    if not facts_path.is_file():
+        raise ValueError(
+            f"calibration {directory} holds no {FACTS_FILE}; give the directory that `lemo calibrate --output` wrote"
+            + (", or go on with it: it isn't finished" if directory.is_dir() and any(directory.iterdir()) else "")
+        )
+    try:
+        values = json.loads(facts_path.read_text(encoding="utf-8"))
+        version = values.get("format") if isinstance(values, dict) else None
+        if version != FORMAT:
+            raise ValueError(f"calibration {directory} has format {version}, this lemo reads {FORMAT}; calibrate again")
+        facts = Facts.model_validate(values)
+        tensors = load_file(tensors_path)
+        predictors = predictors_of(facts.widths, tensors)
+        bypasses = bypasses_of(tensors)
+    except (OSError, json.JSONDecodeError, ValidationError, SafetensorError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"calibration {directory} is damaged ({reason}); calibrate again") from error
+    return Calibration(facts, predictors, bypasses)
+
+
+def tensors_of(predictors: Mapping[Key, Predictor], bypasses: Mapping[Key, Bypass]) -> dict[str, Tensor]:
+    """What `calibration.safetensors` holds."""
+    found = {}
+    for (layer, branch), predictor in predictors.items():
+        for name, tensor in predictor.state_dict().items():
+            found[f"{layer}.{branch}.predictor.{name}"] = tensor.detach().cpu().contiguous()
+    for (layer, branch), bypass in bypasses.items():
+        for name in ("a", "b", "bias"):
+            found[f"{layer}.{branch}.bypass.{name}"] = getattr(bypass, name).detach().cpu().contiguous()
+    return found
+
+
+def widths_of(predictors: Mapping[Key, Predictor]) -> dict[str, tuple[int, int, int]]:
+    """`Facts.widths`."""
+    found = {}
+    for (layer, branch), predictor in predictors.items():
+        for name, network in predictor.networks.items():
+            assert isinstance(network, LowRankNetwork)
+            found[f"{layer}.{branch}.{name}"] = network.widths
+    return found
+
+
+def predictors_of(widths_by_name: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> dict[Key, Predictor]:
+    """Predictors from `widths_of` and `tensors_of`.
+
+    Raises:
+        KeyError, RuntimeError: the tensors aren't those of such predictors.
+    """
+    found: dict[Key, Predictor] = {}
+    for name, widths in widths_by_name.items():
+        layer, branch, _ = name.split(".")
+        if (int(layer), branch) in found:
+            continue
+        prefix = f"{layer}.{branch}.predictor."
+        state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        predictor = KINDS[branch](state["center"].numel(), widths)
+        # Both networks of a pair have a shape of their own.
+        for key, parameter in predictor.named_parameters():
+            parameter.data = torch.empty_like(state[key])
+        predictor.load_state_dict(state)
+        found[int(layer), branch] = predictor.requires_grad_(False)
+    return found
+
+
+def bypasses_of(tensors: Mapping[str, Tensor]) -> dict[Key, Bypass]:
+    """Bypasses from `tensors_of`.
+
+    Raises:
+        KeyError: a matrix is missing.
+    """
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith(".bypass.a"):
+            prefix = name.removesuffix("a")
+            layer, branch = name.split(".")[:2]
+            found[int(layer), branch] = Bypass(a, tensors[prefix + "b"], tensors[prefix + "bias"])
+    return found
+
+
+def fill_in(config: SparsityConfig, facts: Facts) -> SparsityConfig:
+    """The configuration with a calibration's block size and, unless it says what to keep, its thresholds.
+
+    Raises:
+        ValueError: it asks for another block size or score than was calibrated.
+    """
+    if config.block_size not in (None, facts.block_size):
+        raise ValueError(
+            f"sparsity.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
+            f"{facts.block_size}; leave block_size out, or calibrate again"
+        )
+    if config.score != facts.score:
+        raise ValueError(
+            f"sparsity.score is {config.score}, but {config.calibration} was calibrated for {facts.score}; set "
+            f"sparsity.score={facts.score}, or calibrate again"
+        )
+    changes: dict[str, Any] = {"block_size": facts.block_size}
+    if config.keep is None and config.attention is None and config.mlp is None:
+        changes |= {
+            branch: BranchSelection(threshold=tuple(found.thresholds)) for branch, found in facts.branches.items()
+        }
+    return config.model_copy(update=changes)
+
+
+def check_model(calibration: Path, facts: Facts, found: str, dtype: torch.dtype, layers: int) -> None:
+    """Refuses another model's calibration.
+
+    Args:
+        calibration: directory, for messages.
+        facts: its facts.
+        found: the model's `fingerprint`.
+        dtype: of its weights.
+        layers: how many it has.
+
+    Raises:
+        ValueError: it isn't this model's, or not in this dtype.
+    """
+    if any(len(branch.thresholds) != layers for branch in facts.branches.values()) or facts.fingerprint != found:
+        raise ValueError(f"{calibration} was calibrated for another model ({facts.model}); calibrate this one")
+    name = str(dtype).removeprefix("torch.")
+    if facts.dtype != name:
+        raise ValueError(
+            f"{calibration} was calibrated in {facts.dtype}, this model is in {name}; set model.dtype={facts.dtype}, "
+            "or calibrate again"
+        )

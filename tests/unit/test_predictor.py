@@ -1,0 +1,116 @@
+"""Predictors: their scores are what the exact code makes of their pair scores, and none looks ahead where it mustn't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lemo.selection.layout import build_layout
+from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Blocks, predicted_scores
+from lemo.selection.predictor_training import Example, PredictorTraining, Schedule, recall
+from lemo.selection.scores import attention_informativeness, mlp_informativeness
+
+D, SIZE = 12, 8
+
+
+def attention(widths: tuple[int, int, int] = (6, 5, 4)) -> AttentionPredictor:
+    torch.manual_seed(0)
+    predictor = AttentionPredictor(D, widths)
+    predictor.measure(torch.randn(50, D), torch.tensor(0.3))
+    return predictor
+
+
+@pytest.mark.parametrize("tokens", [SIZE, 3 * SIZE, 41])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sums_are_those_of_the_pair_scores(tokens: int, causal: bool) -> None:
+    predictor, x, blocks = attention(), torch.randn(tokens, D), Blocks(tokens, SIZE)
+    pairs = predictor.pair_scores(x, blocks)
+    assert pairs.shape == (blocks.count, blocks.count)
+    assert not pairs.triu(1).any()
+    wanted = attention_informativeness(pairs, causal)
+    torch.testing.assert_close(predictor.informativeness(x, blocks, causal), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("branch", KINDS)
+def test_causal_scores_dont_look_ahead(branch: str) -> None:
+    torch.manual_seed(0)
+    predictor, x = KINDS[branch](D, (6, 5, 4)), torch.randn(45, D)
+    blocks = Blocks(45, SIZE)
+    changed = x.clone()
+    changed[3 * SIZE :] += 1
+    before, after = (predictor.informativeness(values, blocks, True) for values in (x, changed))
+    torch.testing.assert_close(before[:4], after[:4], rtol=0, atol=0)
+    assert not torch.equal(before[4:], after[4:])
+    looking = [predictor.informativeness(values, blocks, False) for values in (x, changed)]
+    assert not torch.equal(looking[0][:4], looking[1][:4]) or branch == "mlp"
+
+
+def test_activities_are_means_of_tokens() -> None:
+    torch.manual_seed(0)
+    predictor, x = ActivityPredictor(D, (6, 5, 4)), torch.randn(21, D)
+    by_token = predictor.informativeness(x, Blocks(21, 1), False)
+    layout = build_layout(1, 21, SIZE, torch.device("cpu"))
+    found = predictor.informativeness(x, Blocks(21, SIZE), False)
+    torch.testing.assert_close(found, mlp_informativeness(by_token, layout, causal=False))
+
+
+def test_a_batch_is_its_documents() -> None:
+    predictor, x = attention(), torch.randn(60, D)
+    positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
+    layout = build_layout(1, 60, SIZE, torch.device("cpu"), position_ids=positions)
+    parts = [predictor.informativeness(x[a:b], Blocks(b - a, SIZE), False) for a, b in ((0, 25), (25, 60))]
+    torch.testing.assert_close(predicted_scores(predictor, x, layout, False), torch.cat(parts))
+
+
+def test_half_precision_inputs() -> None:
+    predictor, x = attention(), torch.randn(40, D)
+    exact, half = (predictor.informativeness(v, Blocks(40, SIZE), False) for v in (x, x.bfloat16()))
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0.01)
+
+
+def examples(branch: str, count: int, generator: torch.Generator) -> list[Example]:
+    """Scores that three low-rank matrices can tell: a few directions of the input decide."""
+    found = []
+    for _ in range(count):
+        loud = torch.rand(20, 1, generator=generator).repeat_interleave(SIZE, 0)
+        x = torch.randn(20 * SIZE, D, generator=generator) * (0.3 + loud)
+        strong = x[:, :2].clamp(min=0)
+        if branch == "mlp":
+            found.append(Example(x, 0.2 + strong.sum(1)))
+        else:
+            largest = strong.view(20, SIZE, 2).amax(1)
+            found.append(Example(x, (0.1 + largest[:, :1] @ largest[:, 1:].T).tril()))
+    return found
+
+
+@pytest.mark.parametrize("branch", KINDS)
+def test_training_finds_the_blocks_that_count(branch: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    training = PredictorTraining(KINDS[branch](D, (16, 16, 8)), SIZE, Schedule(steps=300, prune_above=0.95))
+    judged = examples(branch, 6, generator)
+
+    def judge() -> float:
+        blocks = Blocks(20 * SIZE, SIZE)
+        predictor = training.predictor
+        found = [predictor.informativeness(e.x, blocks, False).detach() for e in judged]
+        return sum(recall(f, exact_of(e), 0.5) for f, e in zip(found, judged, strict=True)) / len(judged)
+
+    def exact_of(example: Example) -> Tensor:
+        if branch == "mlp":
+            return Blocks(20 * SIZE, SIZE).mean(example.exact[:, None])[:, 0]
+        return attention_informativeness(example.exact, False)
+
+    for example in examples(branch, 60, generator):
+        training.see(example, 5)
+    assert training.step == 300
+    assert judge() >= 0.85, judge()
+
+
+def test_recall() -> None:
+    exact = torch.tensor([4.0, 3, 2, 1])
+    assert recall(exact, exact, 0.5) == 1.0
+    assert recall(-exact, exact, 0.5) == 0.0
+    assert recall(torch.tensor([4.0, 1, 2, 3]), exact, 0.5) == 0.5
