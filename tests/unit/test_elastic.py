@@ -15,7 +15,7 @@ WIDTHS = (9, 8, 6)
 
 
 def build(branch: str) -> Predictor:
-    """A predictor of which neuron 2 of the first and neuron 3 of the second layer never wake, and output 1 of a pair."""
+    """A predictor whose neurons 2 of the first and 3 of the second layer never wake, nor output 1 of a pair."""
     torch.manual_seed(0)
     predictor = KINDS[branch](D, WIDTHS).double()
     # Inputs are never negative, so these are at zero whatever comes.

@@ -1,4 +1,4 @@
-"""Predictors: their scores are what the exact code makes of their pair scores, and none looks ahead where it mustn't."""
+"""Predictors: their scores are what the exact code makes of their pair scores; none looks ahead where it mustn't."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ calibration is written.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from lemo.calibration.allocation import LEVELS, algorithm1, by_curves
 from lemo.calibration.config import CalibrationConfig, load_calibration
 from lemo.calibration.fitting import Fitted, fit
 from lemo.calibration.judging import Judge, Scored
-from lemo.config import RunConfig, SparsityConfig
+from lemo.config import BranchSelection, RunConfig, SparsityConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data import Collator
 from lemo.data.loading import load
@@ -57,6 +58,7 @@ from lemo.training.storage import storage_errors, sync_directory, sync_file, wri
 LEDGER = "losses.jsonl"
 EXAMPLE = "example.safetensors"
 _FITTED = "fitted"
+_SETTLING = 4
 
 
 def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration:
@@ -73,6 +75,7 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
         UserError: anything the user can fix.
     """
     started = time.perf_counter()
+    keep = _average_over_units(config)
     console = Console(stderr=True)
     directory = Path(config.output)
     if resume:
@@ -95,7 +98,11 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
         return read_calibration(directory)
 
     try:
-        lemo.sparsify(model, SparsityConfig(mode="forward", keep=1.0, block_size=config.block_size, score=config.score))
+        everything = BranchSelection(threshold=0.0)
+        sparsity = SparsityConfig(
+            mode="forward", block_size=config.block_size, score=config.score, attention=everything, mlp=everything
+        )
+        lemo.sparsify(model, sparsity)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     model.eval()
@@ -114,7 +121,7 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
             max_tokens=config.data.max_tokens,
             ledger=directory / LEDGER,
         )
-        shares, costs = _allocate(judge, config, console)
+        shares, costs = _allocate(judge, keep, config, console)
         facts = _facts(model, judge, fitted, shares, costs, config)
         facts.data, facts.tokens = identity, sum(map(len, train["input_ids"]))
         facts.seconds = time.perf_counter() - started
@@ -206,7 +213,7 @@ def _read_fitted(values: dict[str, Any], tensors: dict[str, Tensor], device: tor
 
 
 def _allocate(
-    judge: Judge, config: CalibrationConfig, console: Console
+    judge: Judge, keep: float, config: CalibrationConfig, console: Console
 ) -> tuple[dict[Key, float], dict[Key, dict[float, float]]]:
     """The shares to keep, and what was measured for them: unit -> share -> rise of the loss."""
     units = sorted(judge.scored().score)
@@ -217,7 +224,6 @@ def _allocate(
             costs[unit][level] = _mean(judge.losses({unit: level})) - dense
         if number % 10 == 0 or number == len(units):
             console.print(f"cost of {number} of {len(units)} branches measured", highlight=False)
-    keep = _average_over_units(config)
     if config.allocation == "uniform" and config.loss_tolerance is None:
         return dict.fromkeys(units, keep), costs
     if config.allocation == "algorithm1":
@@ -245,6 +251,23 @@ def _over_mean(scored: Scored) -> dict[Key, float]:
     return {unit: float((score >= score.mean()).float().mean()) for unit, score in scored.score.items()}
 
 
+def _settle(judge: Judge, shares: dict[Key, float]) -> dict[Key, float]:
+    """Thresholds that keep the shares while every other unit leaves blocks out too.
+
+    What lower layers leave out moves the scores above, so what a unit keeps is measured and its threshold corrected.
+    """
+    wanted, best, least = dict(shares), {}, math.inf
+    for _ in range(_SETTLING):
+        thresholds = judge.thresholds(wanted)
+        _, kept = judge.measure(thresholds)
+        miss = {unit: kept[unit] - share for unit, share in shares.items() if share < 1}
+        worst = max(map(abs, miss.values()), default=0.0)
+        if worst < least:
+            best, least = thresholds, worst
+        wanted |= {unit: min(0.999, max(0.01, wanted[unit] - value)) for unit, value in miss.items()}
+    return best
+
+
 def _within(
     tolerance: float, judge: Judge, costs: dict[Key, dict[float, float]], dense: float, config: CalibrationConfig
 ) -> dict[Key, float]:
@@ -257,7 +280,8 @@ def _within(
     low, high = min(LEVELS), 1.0
     for _ in range(7):
         middle = (low + high) / 2
-        if _mean(judge.losses(shares(middle))) - dense <= tolerance:
+        losses, _ = judge.measure(_settle(judge, shares(middle)))
+        if _mean(losses) - dense <= tolerance:
             high = middle
         else:
             low = middle
@@ -275,7 +299,7 @@ def _facts(
     costs: dict[Key, dict[float, float]],
     config: CalibrationConfig,
 ) -> Facts:
-    thresholds = judge.thresholds(shares)
+    thresholds = _settle(judge, shares)
     losses, kept = judge.measure(thresholds)
     layers = judge.runtime.layers
     uniform = None

@@ -24,6 +24,7 @@ from lemo.models.watching import BranchCall, watch
 from lemo.selection.predictor import AttentionPredictor, Blocks
 from lemo.selection.predictor_training import recall
 from lemo.selection.scores import attention_informativeness
+from lemo.training.storage import write_text
 
 RECALL_KEEP = 0.5
 
@@ -180,7 +181,7 @@ def block_scores(exact: Tensor, blocks: Blocks, causal: bool) -> Tensor:
 
 
 def _read_ledger(path: Path) -> dict[str, tuple[list[float], Sequence[Sequence[float]]]]:
-    """A line cut short by a kill is left out; any other damage is an error."""
+    """What the file holds. A last line cut short by a kill is taken out of it; any other damage is an error."""
     if not path.is_file():
         return {}
     known = {}
@@ -191,6 +192,7 @@ def _read_ledger(path: Path) -> dict[str, tuple[list[float], Sequence[Sequence[f
             known[value["thresholds"]] = (value["losses"], value["keep"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
+                write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
                 break
             raise UserError(f"{path}, line {number}, is damaged; calibrate into another --output") from error
     return known

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -73,6 +74,7 @@ def _shares(facts: Facts) -> Iterator[str]:
         for branch, found in facts.branches.items():
             axes.step(range(len(found.keep)), found.keep, where="mid", color=_COLORS[branch], label=_NAMES[branch])
         axes.set(xlabel="layer", ylabel="share of tokens kept", ylim=(0, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes)
         yield f"<figure>{svg(figure, 'keep')}</figure>"
 
@@ -86,6 +88,7 @@ def _costs(facts: Facts) -> Iterator[str]:
             cost = [max(1e-4, value) for value in found.cost]
             axes.plot(range(len(cost)), cost, ".-", color=_COLORS[branch], label=_NAMES[branch])
         axes.set(xlabel="layer", ylabel="nats a token", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes)
         yield f"<figure>{svg(figure, 'cost')}</figure>"
 
