@@ -194,6 +194,33 @@ def test_an_interrupted_calibration_goes_on(place: Any, tmp_path: Path, monkeypa
     assert calibrate(config, resume=True).facts == found.facts
 
 
+def test_another_keep_takes_over_what_was_fitted(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = place.calibration("llama")
+    old = read_calibration(earlier)
+    append, written = judging._append, []
+    monkeypatch.setattr(judging, "_append", lambda *arguments: (written.append(arguments), append(*arguments)))
+    found = calibrate(place.config("llama", tmp_path / "a", f"reuse={earlier}", "keep=0.6"))
+    assert found.facts.average_keep == pytest.approx(0.6, abs=0.03)
+    assert len(written) < 8, "costs were measured again"
+    assert found.facts.branches["mlp"].cost == old.facts.branches["mlp"].cost
+    for key, predictor in found.predictors.items():
+        assert all(torch.equal(a, old.predictors[key].state_dict()[n]) for n, a in predictor.state_dict().items())
+    # Without bypasses the losses are others.
+    bare = calibrate(place.config("llama", tmp_path / "b", f"reuse={earlier}", "bypass_rank=0", "branches=mlp"))
+    assert not bare.bypasses
+    assert {branch for _, branch in bare.predictors} == {"mlp"}
+    assert bare.facts.branches["mlp"].cost != old.facts.branches["mlp"].cost
+    for changes, match in {
+        ("block_size=32",): "block_size differ",
+        ("bypass_rank=4",): "bypass_rank differ",
+        ("fit_sequences=4",): "data differ",
+    }.items():
+        with pytest.raises(UserError, match=match):
+            calibrate(place.config("llama", tmp_path / "c" / match, f"reuse={earlier}", *changes))
+    with pytest.raises(UserError, match="another model"):
+        calibrate(place.config("qwen2", tmp_path / "d", f"reuse={earlier}"))
+
+
 def refused(place: Any, directory: Path, match: str, model: Any = None, **sparsity: Any) -> None:
     config = lemo.SparsityConfig(mode="forward", calibration=str(directory), **sparsity)
     with pytest.raises(ValueError, match=match):

@@ -50,6 +50,8 @@ class CalibrationConfig(Frozen):
         fit_sequences, judge_sequences: at most so many of each part.
         predictor: how predictors are made.
         bypass_rank: of the low-rank bypasses; 0 fits none.
+        reuse: directory of a finished calibration of the same model and data: its predictors and bypasses are taken
+            over, and what it measured where that still holds, so that another `keep` or `allocation` takes little time.
         seed: of the predictors' initial weights and the order of the data.
         output: directory; must be absent or empty.
     """
@@ -66,6 +68,7 @@ class CalibrationConfig(Frozen):
     judge_sequences: int = Field(default=8, ge=1)
     predictor: PredictorConfig = PredictorConfig()
     bypass_rank: int = Field(default=64, ge=0)
+    reuse: str | None = None
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str = "runs/calibration"

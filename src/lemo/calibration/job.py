@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -43,6 +44,7 @@ from lemo.models.calibration import (
     Facts,
     Key,
     bypasses_of,
+    check_model,
     fingerprint,
     predictors_of,
     read_calibration,
@@ -171,6 +173,8 @@ def _fitted(
     """What an interrupted calibration had fitted, or a new fit."""
     facts, tensors = directory / f"{_FITTED}.json", directory / f"{_FITTED}.safetensors"
     device = next(model.parameters()).device
+    if config.reuse is not None:
+        return _reused(Path(config.reuse), model, identity, config, directory)
     if facts.is_file():
         values = json.loads(facts.read_text(encoding="utf-8"))
         if values["data"] != identity:
@@ -198,6 +202,41 @@ def _fitted(
         },
     )
     return fitted
+
+
+def _reused(earlier: Path, model: Any, identity: str, config: CalibrationConfig, directory: Path) -> Fitted:
+    """What another calibration had fitted; its ledger comes along if its losses would be these."""
+    try:
+        old = read_calibration(earlier)
+        check_model(earlier, old.facts, fingerprint_of(model), model.dtype, model.config.num_hidden_layers)
+    except ValueError as error:
+        raise UserError(f"reuse: {error}") from error
+    settings = old.facts.settings
+    fixed = ("block_size", "predictor", "seed")
+    now = config.model_dump(mode="json")
+    changed = [name for name in fixed if settings[name] != now[name]]
+    changed += ["data"] if old.facts.data != identity else []
+    changed += ["bypass_rank"] if config.bypass_rank not in (0, settings["bypass_rank"]) else []
+    if settings["branches"] not in ("both", config.branches):
+        changed.append("branches")
+    if changed:
+        raise UserError(f"reuse: {', '.join(changed)} differ from the calibration in {earlier}; leave reuse out")
+    if (config.bypass_rank, config.score) == (settings["bypass_rank"], settings["score"]):
+        ledger = directory / LEDGER
+        if not ledger.exists():
+            shutil.copyfile(earlier / LEDGER, ledger)
+    device = next(model.parameters()).device
+    branches = BRANCHES if config.branches == "both" else (config.branches,)
+    chosen = [key for key in old.predictors if key[1] in branches]
+    facts = old.facts.branches
+    return Fitted(
+        predictors={key: old.predictors[key].to(device) for key in chosen},
+        bypasses={key: old.bypasses[key] for key in chosen} if config.bypass_rank else {},
+        first_size={(layer, branch): facts[branch].first_size[layer] for layer, branch in chosen},
+        explained={(layer, branch): (facts[branch].explained or [])[layer] for layer, branch in chosen}
+        if config.bypass_rank
+        else {},
+    )
 
 
 def _named(values: Mapping[Key, Any]) -> dict[str, Any]:
@@ -291,6 +330,12 @@ def _within(
 # ---- The result ----
 
 
+def fingerprint_of(model: Any) -> str:
+    """`lemo.models.calibration.fingerprint` of a CausalLM."""
+    decoder = model.get_submodule(architecture_of(model.config.model_type).decoder)
+    return fingerprint(decoder.layers, model.get_input_embeddings())
+
+
 def _facts(
     model: Any,
     judge: Judge,
@@ -326,14 +371,12 @@ def _facts(
         for branch in BRANCHES
         if any(unit[1] == branch for unit in shares)
     }
-    decoder = model.get_submodule(architecture_of(model.config.model_type).decoder)
-    embedding = model.get_input_embeddings()
     return Facts(
         format=FORMAT,
         lemo=version("lemo"),
         model=config.model.name,
-        dtype=str(embedding.weight.dtype).removeprefix("torch."),
-        fingerprint=fingerprint(decoder.layers, embedding),
+        dtype=str(model.dtype).removeprefix("torch."),
+        fingerprint=fingerprint_of(model),
         data="",
         tokens=0,
         judged_tokens=int(scored.tokens.sum()),
