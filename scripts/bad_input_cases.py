@@ -299,6 +299,33 @@ def cases() -> list[Case]:
             prepare=write("sft.yaml", "task: {kind: sft}\n"),
         ),
         Case("report of no run", "report {root}/texts", r"texts"),
+        Case(
+            "calibration with an unknown key",
+            "calibrate --set predictor.width=3",
+            r"did you mean predictor\.widths\?",
+            light=True,
+        ),
+        Case(
+            "calibration over a run",
+            "calibrate --data {root}/texts --model {root}/model --output {root}/run",
+            r"run is not empty, and nothing is overwritten; add --resume .*choose another --output",
+        ),
+        Case(
+            "calibration of too short texts",
+            "calibrate --data {root}/texts --model {root}/model --output {root}/new --set data.max_tokens=192",
+            r"under four blocks of 64: .*lower block_size",
+        ),
+        Case(
+            "a calibration that isn't there",
+            f"{TUNE} {quick('sparsity.mode=forward', 'sparsity.calibration={root}/texts', 'sparsity.block_size=null')}",
+            r"texts holds no calibration\.json; give the directory that `lemo calibrate --output` wrote",
+        ),
+        Case(
+            "a calibration in another mode",
+            "finetune --set sparsity.calibration=x",
+            r"calibration belong to mode forward",
+            light=True,
+        ),
     ]
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import lemo
 from lemo.calibration import judging
-from lemo.calibration.job import LEDGER, calibrate
+from lemo.calibration.job import calibrate
+from lemo.calibration.stored import LEDGER
 from lemo.cli.main import run
 from lemo.config import BranchSelection
 from lemo.config_io import load_config

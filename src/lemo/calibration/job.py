@@ -7,33 +7,29 @@ calibration is written.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 import lemo
 from lemo.calibration.allocation import LEVELS, algorithm1, by_curves
 from lemo.calibration.config import CalibrationConfig, load_calibration
-from lemo.calibration.fitting import Fitted, fit
+from lemo.calibration.fitting import Fitted
 from lemo.calibration.judging import Judge, Scored
+from lemo.calibration.stored import LEDGER, fingerprint_of, forget, take_or_fit
 from lemo.config import BranchSelection, RunConfig, SparsityConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data import Collator
 from lemo.data.loading import load
 from lemo.errors import UserError
 from lemo.models import get_runtime
-from lemo.models.architectures import architecture_of
 from lemo.models.calibration import (
     BRANCHES,
     FACTS_FILE,
@@ -43,10 +39,6 @@ from lemo.models.calibration import (
     Calibration,
     Facts,
     Key,
-    bypasses_of,
-    check_model,
-    fingerprint,
-    predictors_of,
     read_calibration,
     tensors_of,
     widths_of,
@@ -57,9 +49,7 @@ from lemo.training.checks import check_length, fingerprint_data
 from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, sync_directory, sync_file, write_json
 
-LEDGER = "losses.jsonl"
 EXAMPLE = "example.safetensors"
-_FITTED = "fitted"
 _SETTLING = 4
 
 
@@ -109,7 +99,7 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
         raise UserError(f"model: {error}") from error
     model.eval()
     with storage_errors("the calibration", directory, "free some space, then go on with --resume"):
-        fitted = _fitted(model, train, identity, config, console, directory)
+        fitted = take_or_fit(model, train, identity, config, console, directory)
         runtime = get_runtime(model)
         assert runtime is not None
         runtime.predictors, runtime.bypasses = fitted.predictors, fitted.bypasses
@@ -164,91 +154,7 @@ def _refuse_short(sequences: list[list[int]], config: CalibrationConfig) -> None
         )
 
 
-# ---- Phases ----
-
-
-def _fitted(
-    model: Any, train: Dataset, identity: str, config: CalibrationConfig, console: Console, directory: Path
-) -> Fitted:
-    """What an interrupted calibration had fitted, or a new fit."""
-    facts, tensors = directory / f"{_FITTED}.json", directory / f"{_FITTED}.safetensors"
-    device = next(model.parameters()).device
-    if config.reuse is not None:
-        return _reused(Path(config.reuse), model, identity, config, directory)
-    if facts.is_file():
-        values = json.loads(facts.read_text(encoding="utf-8"))
-        if values["data"] != identity:
-            raise UserError(f"--resume: the data isn't what it was when {directory} was begun; choose another --output")
-        return _read_fitted(values, load_file(tensors), device)
-
-    def told(number: int) -> None:
-        if number % 8 == 0 or number == len(train):
-            console.print(f"fitted to {number} of {len(train)} sequences", highlight=False)
-
-    def stream() -> Iterator[Tensor]:
-        for row in train:
-            yield torch.tensor(row["input_ids"], device=device)
-
-    fitted = fit(model, stream(), len(train), config, told)
-    save_file(tensors_of(fitted.predictors, fitted.bypasses), tensors)
-    sync_file(tensors)
-    write_json(
-        facts,
-        {
-            "data": identity,
-            "widths": widths_of(fitted.predictors),
-            "first_size": _named(fitted.first_size),
-            "explained": _named(fitted.explained),
-        },
-    )
-    return fitted
-
-
-def _reused(earlier: Path, model: Any, identity: str, config: CalibrationConfig, directory: Path) -> Fitted:
-    """What another calibration had fitted; its ledger comes along if its losses would be these."""
-    try:
-        old = read_calibration(earlier)
-        check_model(earlier, old.facts, fingerprint_of(model), model.dtype, model.config.num_hidden_layers)
-    except ValueError as error:
-        raise UserError(f"reuse: {error}") from error
-    settings = old.facts.settings
-    fixed = ("block_size", "predictor", "seed")
-    now = config.model_dump(mode="json")
-    changed = [name for name in fixed if settings[name] != now[name]]
-    changed += ["data"] if old.facts.data != identity else []
-    changed += ["bypass_rank"] if config.bypass_rank not in (0, settings["bypass_rank"]) else []
-    if settings["branches"] not in ("both", config.branches):
-        changed.append("branches")
-    if changed:
-        raise UserError(f"reuse: {', '.join(changed)} differ from the calibration in {earlier}; leave reuse out")
-    if (config.bypass_rank, config.score) == (settings["bypass_rank"], settings["score"]):
-        ledger = directory / LEDGER
-        if not ledger.exists():
-            shutil.copyfile(earlier / LEDGER, ledger)
-    device = next(model.parameters()).device
-    branches = BRANCHES if config.branches == "both" else (config.branches,)
-    chosen = [key for key in old.predictors if key[1] in branches]
-    facts = old.facts.branches
-    return Fitted(
-        predictors={key: old.predictors[key].to(device) for key in chosen},
-        bypasses={key: old.bypasses[key] for key in chosen} if config.bypass_rank else {},
-        first_size={(layer, branch): facts[branch].first_size[layer] for layer, branch in chosen},
-        explained={(layer, branch): (facts[branch].explained or [])[layer] for layer, branch in chosen}
-        if config.bypass_rank
-        else {},
-    )
-
-
-def _named(values: Mapping[Key, Any]) -> dict[str, Any]:
-    return {f"{layer}.{branch}": value for (layer, branch), value in values.items()}
-
-
-def _read_fitted(values: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> Fitted:
-    def keyed(name: str) -> dict[Key, Any]:
-        return {(int(key.split(".")[0]), key.split(".")[1]): value for key, value in values[name].items()}
-
-    predictors = {key: predictor.to(device) for key, predictor in predictors_of(values["widths"], tensors).items()}
-    return Fitted(predictors, bypasses_of(tensors), keyed("first_size"), keyed("explained"))
+# ---- Shares and thresholds ----
 
 
 def _allocate(
@@ -330,12 +236,6 @@ def _within(
 # ---- The result ----
 
 
-def fingerprint_of(model: Any) -> str:
-    """`lemo.models.calibration.fingerprint` of a CausalLM."""
-    decoder = model.get_submodule(architecture_of(model.config.model_type).decoder)
-    return fingerprint(decoder.layers, model.get_input_embeddings())
-
-
 def _facts(
     model: Any,
     judge: Judge,
@@ -405,8 +305,7 @@ def _write(directory: Path, facts: Facts, fitted: Fitted, scored: Scored) -> Non
     save_file(pictures, directory / EXAMPLE)
     sync_directory(directory)
     write_json(directory / FACTS_FILE, facts.model_dump(mode="json"))
-    for path in directory.glob(f"{_FITTED}.*"):
-        path.unlink()
+    forget(directory)
 
 
 def _mean(values: list[float]) -> float:
