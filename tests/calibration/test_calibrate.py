@@ -71,6 +71,31 @@ def test_finetune_takes_it_up(family: str, place: Any, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_run_resumes_with_its_calibration_only(place: Any, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(place.calibration("llama"), moved)
+    overrides = [
+        "device=cpu",
+        "data.max_tokens=512",
+        "data.heldout_share=0.2",
+        "sparsity.mode=forward",
+        f"sparsity.calibration={place.calibration('llama')}",
+        "training.steps=2",
+        "training.save_every=2",
+        "evaluation.documents=0",
+    ]
+
+    def settings(*more: str) -> Any:
+        places = {"data": str(place.texts), "model": str(place.model("llama")), "output": str(tmp_path / "run")}
+        return load_config(None, **places, overrides=[*overrides, *more])
+
+    finetune(settings())
+    finetune(settings(f"sparsity.calibration={moved}"), resume=True)
+    _edit(moved, seconds=1.5)
+    with pytest.raises(UserError, match="calibration"):
+        finetune(settings(f"sparsity.calibration={moved}"), resume=True)
+
+
 def load(place: Any, family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(place.model(family), dtype=dtype)
 

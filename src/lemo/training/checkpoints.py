@@ -21,10 +21,13 @@ from lemo.training.storage import sync_directory, sync_file, write_json
 MANIFEST = "lemo.json"
 PREFIX = "checkpoint-"
 ASIDE = ".tmp-checkpoint-"
-# Settings that change what is shown or stored, not what is learned; model and data count by their fingerprints, so that
-# they may move.
-_FREE = {"output", "device", "evaluation", "data", "model.name", "training.save_every", "training.keep_checkpoints"}
-_MODEL, _DATA = "model weights", "training data"
+# Settings that change what is shown or stored, not what is learned; model, data and calibration count by their
+# fingerprints, so that they may move.
+_FREE = {
+    "output", "device", "evaluation", "data", "model.name", "training.save_every", "training.keep_checkpoints",
+    "sparsity.calibration",
+}  # fmt: skip
+_MODEL, _DATA, _CALIBRATION = "model weights", "training data", "calibration"
 
 
 def identity(config: RunConfig, model: str, data: str, processes: int) -> dict[str, Any]:
@@ -37,7 +40,14 @@ def identity(config: RunConfig, model: str, data: str, processes: int) -> dict[s
     """
     settings = dict(_flatten(config.model_dump(mode="json")))
     kept = {key: value for key, value in settings.items() if not _is_free(key)}
-    return kept | {_MODEL: model, _DATA: data, "processes": processes}
+    calibration = {} if config.sparsity.calibration is None else {_CALIBRATION: _facts_of(config.sparsity.calibration)}
+    return kept | {_MODEL: model, _DATA: data, "processes": processes} | calibration
+
+
+def _facts_of(directory: str) -> str | None:
+    """Hash of a calibration's facts; None where there are none, which `sparsify` refuses with its reason."""
+    path = Path(directory) / "calibration.json"
+    return _sha256(path) if path.is_file() else None
 
 
 def _is_free(key: str) -> bool:
