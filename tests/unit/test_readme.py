@@ -17,6 +17,7 @@ from typer.main import get_command
 
 import lemo
 from lemo.bench.config import load_quality
+from lemo.calibration.config import load_calibration
 from lemo.cli.main import app
 from lemo.config import RunConfig
 from lemo.config_io import load_config
@@ -62,6 +63,8 @@ def test_commands_and_flags_exist(page: str) -> None:
             overrides = [o for o in context.params.get("overrides") or [] if o != "key=value"]
             if command.name == "quality":
                 load_quality(ROOT / context.params["config"], overrides=overrides)
+            elif command.name == "calibrate":
+                load_calibration(None, overrides=overrides)
             else:
                 for override in overrides:
                     load_config(overrides=[override])
