@@ -9,14 +9,25 @@ from pathlib import Path
 import pytest
 
 from lemo.bench.records import KEYS, Record, read, write
+from lemo.report.step import Group, Line
 from synthetic_quality import RETRIEVAL, study
 from synthetic_run import write_run
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figure import draw_speed  # noqa: E402
 from benchmarks.record_demo import record_of  # noqa: E402
-from benchmarks.table import README, RESULTS, compact_table, demo_table, page, replaced, tables  # noqa: E402
+from benchmarks.table import (  # noqa: E402
+    README,
+    RESULTS,
+    compact_table,
+    demo_table,
+    page,
+    replaced,
+    speed_table,
+    tables,
+)
 
 RECORDS = sorted(RESULTS.glob("*/*.jsonl"))
 
@@ -113,3 +124,48 @@ def test_a_table_needs_its_markers():
             replaced(text, "m", "new")
     with pytest.raises(ValueError, match=r"README\.md: put <!-- no-such -->"):
         page(README, {"no-such": "table"})
+
+
+def steps_at_full_depth():
+    """One length where the baseline fits, one where it doesn't and shallower models say what it would take."""
+
+    def line(T, name, ms, gib=None):
+        return Line(T, name, None, ms, ms, ms, gib, 10.0 if gib else None)
+
+    ours, baseline = "lemo-backward, spread 0.25", "lora+ckpt"
+    measured = Group(
+        "a card",
+        "llama-3-8b",
+        32,
+        32,
+        None,
+        (
+            line(65536, baseline, 8000.0, 40.0),
+            line(65536, ours, 4000.0, 20.0),
+            line(131072, baseline, None),
+            line(131072, ours, 10000.0, 30.0),
+        ),
+    )
+    shallow = Group(
+        "a card", "llama-3-8b", 32, 32, (2, 8), (line(131072, baseline, 25000.0), line(131072, ours, 9900.0))
+    )
+    return [measured, shallow]
+
+
+def test_the_speed_table_says_what_was_measured_and_what_was_not():
+    lines = speed_table(steps_at_full_depth()).splitlines()
+    assert lines[0].endswith("on a card.")
+    assert lines[2] == "| method | Llama-3-8B, 64K tokens | Llama-3-8B, 128K tokens |"
+    assert lines[4] == "| `lora+ckpt` | 8.0 s, 8,192, 40.0 | out of memory (25.0 s, extrapolated) |"
+    assert lines[5] == (
+        "| `lemo-backward`, spread 0.25 | 4.0 s, **2.00×**, 16,384, 20.0 | 10.0 s, **2.50×**†, 13,107, 30.0 |"
+    )
+    assert speed_table([]) == ""
+
+
+def test_the_speed_figure_is_drawn(tmp_path):
+    draw_speed(steps_at_full_depth(), tmp_path / "speed.svg")
+    first = (tmp_path / "speed.svg").read_bytes()
+    assert first.startswith(b"<?xml")
+    draw_speed(steps_at_full_depth(), tmp_path / "speed.svg")
+    assert (tmp_path / "speed.svg").read_bytes() == first

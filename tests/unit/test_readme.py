@@ -66,8 +66,7 @@ def test_commands_and_flags_exist(page: str) -> None:
             elif command.name == "calibrate":
                 load_calibration(None, overrides=overrides)
             else:
-                for override in overrides:
-                    load_config(overrides=[override])
+                load_config(overrides=overrides)
 
 
 @pytest.mark.parametrize("page", PAGES)
