@@ -18,6 +18,7 @@ from pairs import config, pair, rows_of_plans, step
 from torch import nn
 
 import lemo
+from lemo.models import get_runtime
 from reference import assert_same_gradients, gradients, hooks, record_layers
 from tiny import BLOCK, CASES, FAMILIES, Batch, make_batch
 
@@ -230,3 +231,31 @@ def test_keep_leaks_and_backward_mode_does_not(family: str, device: torch.device
     places = (7, 13, 20, 26, 33, 41)
     assert max(_leak(top_k, batch, t) for t in places) > 1e-3
     assert max(_leak(backward, batch, t) for t in places) <= 1e-6
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_some_passes_run_dense(checkpointed: bool, device: torch.device) -> None:
+    dense, sparse = pair("llama", device, config(mode="forward", keep=0.5, dense_share=0.4))
+    if checkpointed:
+        sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = make_batch("plain", device)
+    wanted = step(dense, batch)
+    runtime = get_runtime(sparse)
+    assert runtime is not None
+    keeps = []
+    for number in range(1, 11):
+        loss, got = step(sparse, batch)
+        keeps.append(runtime.collect().keep_mean)
+        if keeps[-1] == 1.0:
+            torch.testing.assert_close(loss, wanted[0], rtol=1e-6, atol=0)
+            assert_same_gradients(got, wanted[1])
+        else:
+            assert abs(loss - wanted[0]) > 1e-4
+        if number == 5:
+            state = runtime.state_dict()
+            runtime.passes = 77
+            runtime.load_state_dict(state)
+        with torch.no_grad():
+            sparse.eval()(input_ids=batch.input_ids)  # evaluation doesn't count
+            sparse.train()
+    assert [keep == 1.0 for keep in keeps] == [False, False, True, False, True] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ class Runtime:
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
+        passes: training passes so far, which decide which ones run dense (`SparsityConfig.dense_share`).
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
 
@@ -79,6 +81,7 @@ class Runtime:
     # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
     own_loss: bool = False
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
+    passes: int = 0
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     _fidelities: dict[int, list[float]] = field(default_factory=dict)
@@ -94,6 +97,13 @@ class Runtime:
             ValueError: the `segments` policy is on, and the loss isn't computed by the sparsified model.
         """
         self.state = BatchState(layout, dense=self.dense_only)
+        if training and self.config.dense_share and not self.dense_only:
+            self.passes += 1
+            before, now = (int(n * self.config.dense_share + 1e-9) for n in (self.passes - 1, self.passes))
+            self.state.dense = now > before
+            if self.state.dense:
+                for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
+                    self._keeps.setdefault((layer, branch), []).append(1.0)
         if training and self.config.policy == "segments" and not self.dense_only:
             if not self.own_loss:
                 raise ValueError(
@@ -165,7 +175,7 @@ class Runtime:
     def state_dict(self) -> dict[str, Any]:
         """lemo's own random state, JSON-able."""
         version, internal, gauss = self.generator.getstate()
-        return {"generator": [version, list(internal), gauss]}
+        return {"generator": [version, list(internal), gauss], "passes": self.passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`.
@@ -176,6 +186,7 @@ class Runtime:
         try:
             version, internal, gauss = state["generator"]
             self.generator.setstate((version, tuple(internal), gauss))
+            self.passes = int(state["passes"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a lemo runtime state: {error}; resume from another checkpoint") from error
 
