@@ -331,3 +331,17 @@ def test_the_command_line(
         run()
     assert stop.value.code == 2
     assert "keep" in capsys.readouterr().err
+
+
+def test_its_records(place: Any) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from benchmarks.record_calibration import rows_of
+
+    facts = read_calibration(place.calibration("llama")).facts
+    whole, *layers = rows_of(facts)
+    assert whole.keep == facts.average_keep
+    assert whole.setting == "curves, keep 0.75, both, paper, bypass 8"
+    assert len(layers) == 8
+    assert whole.recall == pytest.approx(sum(row.recall for row in layers) / 8)
+    assert whole.details["lowest_recall"] == min(row.recall for row in layers)
+    assert {row.bench for row in (whole, *layers)} == {"calibration"}
