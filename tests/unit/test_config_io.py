@@ -111,7 +111,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
             "data: {completion_tokens: 5000}",
             r"run\.yaml: data: completion_tokens must be smaller than max_tokens",
         ),
-        ("sparsity: {mode: forward}", r"run\.yaml: sparsity: mode forward needs keep"),
+        ("sparsity: {mode: forward}", r"run\.yaml: sparsity: mode forward needs calibration, keep"),
         ("sparsity: {policy: random}", r"sparsity: policy random needs keep, the share"),
         ("sparsity: {policy: random, mode: dense, keep: 0.5}", r"policy random belongs to mode backward, not dense"),
         ("sparsity: {fidelity: 0, labelled: ranked}", r"fidelity 0 keeps labelled blocks alone, so labelled can't be"),
@@ -144,7 +144,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
         ("fidelity=0.5", r"unknown key fidelity; did you mean sparsity\.fidelity\?"),
         ("output.name=x", r"output takes a single value"),
         ("data.train=[a", r"the value is not valid YAML"),
-        ("sparsity.mode=forward", r"^--set sparsity\.mode=forward: sparsity: mode forward needs keep"),
+        ("sparsity.mode=forward", r"^--set sparsity\.mode=forward: sparsity: mode forward needs calibration, keep"),
     ],
 )
 def test_mistakes_in_set(override: str, message: str) -> None:
