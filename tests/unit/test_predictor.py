@@ -63,6 +63,14 @@ def test_a_batch_is_its_documents() -> None:
     torch.testing.assert_close(predicted_scores(predictor, x, layout, False), torch.cat(parts))
 
 
+def test_autocast_changes_no_score() -> None:
+    predictor, x = attention(), torch.randn(40, D)
+    layout = build_layout(1, 40, SIZE, torch.device("cpu"))
+    wanted = predicted_scores(predictor, x, layout, False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(predicted_scores(predictor, x, layout, False), wanted)
+
+
 def test_half_precision_inputs() -> None:
     predictor, x = attention(), torch.randn(40, D)
     exact, half = (predictor.informativeness(v, Blocks(40, SIZE), False) for v in (x, x.bfloat16()))

@@ -226,9 +226,11 @@ def predicted_scores(predictor: Predictor, normed_ND: Tensor, layout: SequenceLa
         layout: documents and blocks.
         causal: the score that looks at earlier blocks only.
     """
-    return torch.cat(
-        [
-            predictor.informativeness(normed_ND[first:end], Blocks(end - first, layout.block_size), causal)
-            for first, end in layout.documents
-        ]
-    )
+    # Thresholds were chosen for scores computed so.
+    with torch.autocast(normed_ND.device.type, enabled=False):
+        return torch.cat(
+            [
+                predictor.informativeness(normed_ND[first:end], Blocks(end - first, layout.block_size), causal)
+                for first, end in layout.documents
+            ]
+        )
