@@ -10,7 +10,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lemo.report.step import Group, Line
+from benchmarks.speed import OUT, SHAPES, Depth
+from lemo.bench.step_config import STRONG_BASELINE
+from lemo.report.step import Line
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLORS = {"lora+ckpt": "#7f7f7f", "lora+ckpt+liger": "#b0b0b0"}
@@ -23,53 +25,65 @@ _NAMES = {
     "lemo-backward, recorded 0.25": "LeMo, 25% kept, placed as in SmolLM2",
     "lemo-backward, recorded 0.125": "LeMo, 12.5% kept, placed as in SmolLM2",
 }
-_SHAPES = {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}
 _STYLE: Any = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "speed", "axes.spines.right": False}
 
 
-def draw_speed(found: Sequence[Group], path: Path) -> None:
+def draw_speed(found: Sequence[Depth], path: Path) -> None:
     """Bars of step time and peak memory at each shape and length measured at full depth.
 
     Args:
-        found: groups at full depth, measured and extrapolated.
-        path: SVG file to write.
+        found: what was measured at full depth.
+        path: SVG file to write; nothing is written if nothing was measured.
     """
-    panels = [(g, T) for g in found if not g.extrapolated_from for T in dict.fromkeys(line.T for line in g.lines)]
+    panels = [(depth, T) for depth in found for T in dict.fromkeys(line.T for line in depth.measured.lines)]
+    if not panels:
+        return
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 2.5 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), 2, squeeze=False)
-        for row, (group, T) in zip(axes, panels, strict=True):
-            extrapolated = next((g for g in found if g.shape == group.shape and g.extrapolated_from), None)
-            lines = [line for line in group.lines if line.T == T and line.name in _NAMES]
-            _bars(row[0], lines, [(line.step_ms or 0) / 1000 for line in lines], "s", extrapolated)
-            _bars(row[1], lines, [line.peak_gib or 0 for line in lines], "GiB", None)
-            title = f"{_SHAPES[group.shape]}, {T // 1024}K tokens"
-            row[0].set_title(f"{title}: seconds a step", loc="left", fontsize=10.5, fontweight="bold")
+        figure = Figure(figsize=(10, 2.2 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(1.25, 1))
+        for row, (depth, T) in zip(axes, panels, strict=True):
+            lines = [line for line in depth.measured.lines if line.T == T and line.name in _NAMES]
+            _bars(row[0], lines, [(line.step_ms or 0) / 1000 for line in lines], [_time(depth, x) for x in lines])
+            _bars(row[1], lines, [line.peak_gib or 0 for line in lines], [_memory(depth, x) for x in lines])
+            title = f"{SHAPES[depth.measured.shape]}, {T // 1024}K tokens: seconds a step"
+            row[0].set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+            row[0].set_xlim(0, 1.5 * max(line.step_ms or 1 for line in lines) / 1000)
             row[1].set_title("peak memory, GiB (the card has 80)", loc="left", fontsize=10.5)
-            row[1].set_yticklabels([])
+            row[1].set_yticks([])
             row[1].set_xlim(0, 80)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _bars(axes: Axes, lines: Sequence[Line], values: Sequence[float], unit: str, beside: Group | None) -> None:
+def _time(depth: Depth, line: Line) -> str:
+    """A bar's label: the time, and how many times as fast as the strong baseline that is."""
+    if line.step_ms is None:
+        _, further = depth.lines(line.T, line.name)
+        would = f" (it would take {further.step_ms / 1000:.0f} s)" if further and further.step_ms else ""
+        return f"{OUT}{would}"
+    theirs, mark = depth.step_ms(line.T, STRONG_BASELINE)
+    up = (
+        f"{'about ' if mark else ''}{theirs / line.step_ms:{'.1f' if mark else '.2f'}}×"
+        if theirs and not line.is_baseline
+        else ""
+    )
+    return f"{line.step_ms / 1000:.1f} s   {up}".rstrip()
+
+
+def _memory(depth: Depth, line: Line) -> str:
+    if line.peak_gib is not None:
+        return f"{line.peak_gib:.1f} GiB"
+    _, further = depth.lines(line.T, line.name)
+    return f"{OUT} (it would need {further.peak_gib:.0f} GiB)" if further and further.peak_gib else OUT
+
+
+def _bars(axes: Axes, lines: Sequence[Line], values: Sequence[float], labels: Sequence[str]) -> None:
     ours = iter(_OURS)
     colors = [_COLORS.get(line.name) or next(ours) for line in lines]
     axes.barh(range(len(lines)), values, color=colors, height=0.72)
     axes.set_yticks(range(len(lines)), [_NAMES[line.name] for line in lines])
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.spines[["top", "bottom"]].set_visible(False)
     axes.set_xticks([])
-    baseline = next((line.step_ms for line in lines if line.is_baseline), None)
-    top = max(values) if any(values) else 1.0
-    for index, (line, value) in enumerate(zip(lines, values, strict=True)):
-        text = f" {value:.1f} {unit}"
-        if not value:
-            text = " out of memory on 80 GB"
-            slow = next((x for x in beside.lines if (x.T, x.name) == (line.T, line.name)), None) if beside else None
-            if slow and slow.step_ms:
-                text += f" (would take {slow.step_ms / 1000:.0f} s)"
-        elif unit == "s" and baseline and line.step_ms and not line.is_baseline:
-            text += f"   {baseline / line.step_ms:.2f}×"
-        axes.text(value, index, text, va="center", fontsize=9.5)
-    if unit == "s":
-        axes.set_xlim(0, 1.35 * top)
+    for index, (value, label) in enumerate(zip(values, labels, strict=True)):
+        axes.text(value, index, f" {label}", va="center", fontsize=9.5)

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figure import draw_speed
+from benchmarks.speed import STEPS, expected_table, full_depth, parts_tables, speed_table, step_records
 from lemo.bench.records import Record, read
 from lemo.report.quality import change_text, gain_text, mean_text, quality_markdown
 from lemo.report.quality_rows import TASKS, Study, row_order, studies
-from lemo.report.step import Group, groups, step_markdown
+from lemo.report.step import step_markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY, SPEED = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "speed.md"
-# Step records: marker in docs/speed.md -> file name's end.
-STEPS = {"llama": "step-llama-3-8b", "qwen": "step-qwen3-8b", "parts": "step-parts"}
-SHAPES = {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}
 # The README's rows: a pattern of the settings shown of each method.
 SHOWN = {
     "lora+ckpt": "default",
@@ -40,11 +38,15 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     records = [record for path in sorted(results.glob("*/*_quality-*.jsonl")) for record in read(path)]
     return {
         README: {
-            "measured": demo_table(results),
             "quality": compact_table(records),
             "speed": speed_table(full_depth(results)),
         },
-        SPEED: {marker: step_markdown(step_records(results, marker)) for marker in STEPS},
+        SPEED: {
+            "measured": demo_table(results),
+            "expected": expected_table(full_depth(results)),
+            "parts": parts_tables(step_records(results, "parts")),
+            **{marker: step_markdown(step_records(results, marker)) for marker in STEPS if marker != "parts"},
+        },
         QUALITY: {f"quality:{task}": quality_markdown(records, task) for task in TASKS},
     }
 
@@ -109,53 +111,6 @@ def _compact(gpu: str, model: str, group: Sequence[Study]) -> str:
     return f"{caption}\n\n" + "\n".join(lines)
 
 
-def step_records(results: Path, marker: str) -> list[Record]:
-    """The step records of one marker."""
-    return [record for path in sorted(results.glob(f"*/*_{STEPS[marker]}.jsonl")) for record in read(path)]
-
-
-def full_depth(results: Path = RESULTS) -> list[Group]:
-    """Step measurements at full depth, and their extrapolations from fewer layers."""
-    found = [group for marker in ("llama", "qwen") for group in groups(step_records(results, marker))]
-    return [group for group in found if group.layers == group.full_depth]
-
-
-def speed_table(found: Sequence[Group]) -> str:
-    """Markdown: a row for each method, a column for each shape and length that was measured at full depth."""
-    measured = [group for group in found if not group.extrapolated_from]
-    columns = [(group, T) for group in measured for T in dict.fromkeys(line.T for line in group.lines)]
-    if not columns:
-        return ""
-    heads = ["method", *(f"{SHAPES[group.shape]}, {T // 1024}K tokens" for group, T in columns)]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for name in dict.fromkeys(line.name for group, _ in columns for line in group.lines):
-        cells = [f"`{name.partition(', ')[0]}`{name[len(name.partition(', ')[0]) :]}"]
-        for group, T in columns:
-            other = next((g for g in found if g.shape == group.shape and g.extrapolated_from), None)
-            cells.append(_speed_cell(name, T, group, other))
-        lines.append(f"| {' | '.join(cells)} |")
-    gpus = " and ".join(dict.fromkeys(group.gpu for group in measured))
-    caption = f"Seconds a step, speed-up over `lora+ckpt`, tokens/s, peak GiB; all layers, on {gpus}."
-    return f"{caption}\n\n" + "\n".join(lines)
-
-
-def _speed_cell(name: str, T: int, group: Group, extrapolated: Group | None) -> str:
-    line = next((line for line in group.lines if (line.T, line.name) == (T, name)), None)
-    baseline = group.baseline(T)
-    slow = next((x for x in extrapolated.lines if (x.T, x.name) == (T, name)), None) if extrapolated else None
-    if line is None:
-        return "n/a"
-    if line.step_ms is None:
-        return "out of memory" + (f" ({slow.step_ms / 1000:.1f} s, extrapolated)" if slow and slow.step_ms else "")
-    reference, mark = (baseline.step_ms if baseline else None), ""
-    if reference is None and extrapolated is not None and (beside := extrapolated.baseline(T)) is not None:
-        reference, mark = beside.step_ms, "†"
-    times = f"{line.step_ms / 1000:.1f} s"
-    if reference and not line.is_baseline:
-        times += f", **{reference / line.step_ms:.2f}×**{mark}"
-    return f"{times}, {1000 * line.T / line.step_ms:,.0f}, {line.peak_gib:.1f}"
-
-
 def mean(rows: Sequence[Record], key: str) -> float:
     """Mean of one key over rows."""
     return statistics.mean(getattr(row, key) for row in rows)
@@ -196,4 +151,4 @@ if __name__ == "__main__":
     for file, parts in tables().items():
         if text := page(file, parts):
             file.write_text(text, encoding="utf-8")
-    draw_speed(full_depth(), ROOT / "docs" / "speed.svg")
+    draw_speed(full_depth(RESULTS), ROOT / "docs" / "speed.svg")

@@ -1,14 +1,16 @@
-"""Committed records are whole, and the tables of the README and of docs/quality.md are those they give."""
+"""Committed records are whole, and the tables and the figure of the pages are those they give."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from lemo.bench.records import KEYS, Record, read, write
+from lemo.bench.step_config import LIGER
 from lemo.report.step import Group, Line
 from synthetic_quality import RETRIEVAL, study
 from synthetic_run import write_run
@@ -18,17 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.figure import draw_speed  # noqa: E402
 from benchmarks.record_demo import record_of  # noqa: E402
-from benchmarks.table import (  # noqa: E402
-    README,
-    RESULTS,
-    compact_table,
-    demo_table,
-    page,
-    replaced,
-    speed_table,
-    tables,
-)
+from benchmarks.speed import Depth, expected_table, full_depth, parts_tables, speed_table  # noqa: E402
+from benchmarks.table import README, RESULTS, compact_table, demo_table, page, replaced, tables  # noqa: E402
 
+BASELINE, OURS = "lora+ckpt", "lemo-backward, spread 0.25"
 RECORDS = sorted(RESULTS.glob("*/*.jsonl"))
 
 
@@ -132,35 +127,100 @@ def steps_at_full_depth():
     def line(T, name, ms, gib=None):
         return Line(T, name, None, ms, ms, ms, gib, 10.0 if gib else None)
 
-    ours, baseline = "lemo-backward, spread 0.25", "lora+ckpt"
-    measured = Group(
-        "a card",
-        "llama-3-8b",
-        32,
-        32,
-        None,
-        (
-            line(65536, baseline, 8000.0, 40.0),
-            line(65536, ours, 4000.0, 20.0),
-            line(131072, baseline, None),
-            line(131072, ours, 10000.0, 30.0),
-        ),
+    measured = (
+        line(65536, BASELINE, 8000.0, 40.0),
+        line(65536, LIGER, 6000.0, 35.0),
+        line(65536, "lora", None),
+        line(65536, OURS, 4000.0, 20.0),
+        line(131072, BASELINE, None),
+        line(131072, LIGER, None),
+        line(131072, "lora", None),
+        line(131072, OURS, 10000.0, 30.0),
     )
-    shallow = Group(
-        "a card", "llama-3-8b", 32, 32, (2, 8), (line(131072, baseline, 25000.0), line(131072, ours, 9900.0))
+    shallow = (
+        line(65536, BASELINE, 8400.0, 40.0),
+        line(65536, OURS, 3960.0, 20.0),
+        line(131072, BASELINE, 25000.0, 90.0),
+        line(131072, OURS, 9900.0, 30.0),
     )
-    return [measured, shallow]
+    card = ("a card", "llama-3-8b", 32, 32)
+    return [Depth(Group(*card, None, measured), Group(*card, (2, 8), shallow))]
 
 
 def test_the_speed_table_says_what_was_measured_and_what_was_not():
     lines = speed_table(steps_at_full_depth()).splitlines()
-    assert lines[0].endswith("on a card.")
-    assert lines[2] == "| method | Llama-3-8B, 64K tokens | Llama-3-8B, 128K tokens |"
-    assert lines[4] == "| `lora+ckpt` | 8.0 s, 8,192, 40.0 | out of memory (25.0 s, extrapolated) |"
-    assert lines[5] == (
-        "| `lemo-backward`, spread 0.25 | 4.0 s, **2.00×**, 16,384, 20.0 | 10.0 s, **2.50×**†, 13,107, 30.0 |"
-    )
+    assert lines[0].startswith("All layers, one sequence a step, on a card. Out of memory in all of these: `lora`. †: ")
+    assert lines[4:] == [
+        "| Llama-3-8B | 65,536 | `lora+ckpt` | 8.0 | 8,192 | ×1.00 | ×0.75 | 40.0 |",
+        "| Llama-3-8B | 65,536 | `lora+ckpt+liger` | 6.0 | 10,923 | ×1.33 | ×1.00 | 35.0 |",
+        "| Llama-3-8B | 65,536 | `lemo-backward`, spread 0.25 | 4.0 | 16,384 | ×2.00 | ×1.50 | 20.0 |",
+        "| Llama-3-8B | 131,072 | `lora+ckpt` | out of memory (25.0 †) | 5,243 † | n/a | n/a | 90.0 † |",
+        "| Llama-3-8B | 131,072 | `lora+ckpt+liger` | out of memory | n/a | n/a | n/a | n/a |",
+        "| Llama-3-8B | 131,072 | `lemo-backward`, spread 0.25 | 10.0 | 13,107 | ×2.50 † | n/a | 30.0 |",
+    ]
     assert speed_table([]) == ""
+
+
+def test_devices_are_not_mixed_in_extrapolations(tmp_path):
+    def row(gpu, layers, T, step_ms):
+        details = {"layers": layers, "full_depth": 32, "weights_gib": 1.0, "out_of_memory": step_ms is None}
+        details |= {"tflop": 1.0, "ceiling_tflop_per_s": 700.0}
+        return Record(
+            bench="step", method=BASELINE, shape="llama-3-8b", T=T, gpu=gpu, step_ms=step_ms, peak_gib=2.0,
+            details=details,
+        )  # fmt: skip
+
+    for gpu, shallow in (("one", (2.0, 8.0)), ("two", (20.0, 80.0))):
+        (tmp_path / gpu).mkdir()
+        rows = [row(gpu, 32, 64, None), *(row(gpu, n, 64, ms) for n, ms in zip((2, 8), shallow, strict=True))]
+        write(rows, tmp_path / gpu / "d_step-llama-3-8b.jsonl")
+    one, two = full_depth(tmp_path)
+    assert one.step_ms(64, BASELINE) == (pytest.approx(32.0), " †")
+    assert two.step_ms(64, BASELINE) == (pytest.approx(320.0), " †")
+
+
+def test_expected_and_measured_stand_side_by_side():
+    found = steps_at_full_depth()
+    lines = expected_table(found).splitlines()
+    assert lines[3] == "| Llama-3-8B | 65,536 | `lemo-backward`, spread 0.25 | n/a | ×2.00 | ×2.12 | −1.0% |"
+    assert lines[4].endswith("| `lora+ckpt` | n/a | out of memory | ×1.00 | n/a |")
+    assert lines[5].endswith("| `lemo-backward`, spread 0.25 | n/a | ×2.50 † | ×2.53 | −1.0% |")
+    assert expected_table([Depth(found[0].measured, None)]) == ""
+
+
+def test_a_steps_parts_add_up_to_it():
+    def row(method, setting, parts_ms, parts_tflop):
+        details = {"layers": 4, "full_depth": 32, "weights_gib": 1.0, "out_of_memory": False, "tflop": 0.05}
+        details |= {"ceiling_tflop_per_s": 1.0, "parts_ms": parts_ms, "parts_tflop": parts_tflop}
+        return Record(
+            bench="step", method=method, setting=setting, shape="tiny", T=64, gpu="a card", step_ms=100.0,
+            details=details,
+        )  # fmt: skip
+
+    sparse = {"forward linears": 40.0, "backward attention": 30.0, "selection other": 2.0, "compensation other": 3.0}
+    rows = [
+        row(BASELINE, "default", {"rest linears": 60.0, "rest other": 30.0}, {}),
+        row("lemo-backward", "spread 0.25", {**sparse, "rest other": 0.01}, {"forward linears": 0.02}),
+    ]
+    lines = parts_tables(rows).splitlines()
+    assert lines[0] == "tiny, 4 layers, on a card, 64 tokens; ms."
+    assert lines[4:10] == [
+        "| attention | 0 | 30 |",
+        "| linears | 60 | 40 |",
+        "| other | 30 | 5 |",
+        "| in no part | 10 | 25 |",
+        "| the step | 100 | 100 |",
+        "| its operations at the ceiling | 50 | 50 |",
+    ]
+    assert lines[14:] == [
+        "|---|---|",
+        "| forward linears | 40.0 (20.0) |",
+        "| selection other | 2.0 |",
+        "| compensation other | 3.0 |",
+        "| backward attention | 30.0 |",
+        "| in no part | 25.0 |",
+        "| selection and compensation, of the step | 5.0% |",
+    ]
 
 
 def test_the_speed_figure_is_drawn(tmp_path):
@@ -169,3 +229,16 @@ def test_the_speed_figure_is_drawn(tmp_path):
     assert first.startswith(b"<?xml")
     draw_speed(steps_at_full_depth(), tmp_path / "speed.svg")
     assert (tmp_path / "speed.svg").read_bytes() == first
+    draw_speed([], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_the_speed_figure_shows_what_the_records_say(tmp_path):
+    # matplotlib notes each text it draws as paths in a comment, so versions with other outlines agree.
+    def texts(path):
+        return re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
+
+    draw_speed(full_depth(RESULTS), tmp_path / "speed.svg")
+    drawn = texts(tmp_path / "speed.svg")
+    assert any("2.29×" in text for text in drawn)
+    assert drawn == texts(ROOT / "docs" / "speed.svg"), "run: python -m benchmarks.table"

@@ -47,6 +47,11 @@ def test_speed_up_memory_and_extrapolation() -> None:
         ("lemo-backward, spread 0.25", 64): pytest.approx(60.0),
     }
     assert "extrapolated from 2 and 4" in full.title
+    baseline = full.baseline(64)
+    assert baseline is not None
+    assert (baseline.peak_gib, baseline.weights_gib) == (pytest.approx(7.0), pytest.approx(1.0))
+    assert full.speed_up(baseline, over="lemo-backward, spread 0.25") == pytest.approx(60 / 110)
+    assert full.operations_ratio(baseline) == 1.0
 
 
 def test_markdown_says_what_did_not_fit() -> None:

@@ -58,7 +58,7 @@ class Line:
 
     Attributes:
         name: method and setting.
-        of_ceiling: operations a second the step needs at least / those of the device's matrix products.
+        floor_ms: what the operations that the step needs at least take at the rate of the device's matrix products.
         parts: (part, ms, ms its operations take at the ceiling) of one step, as it goes; empty if not taken.
         step_ms, low_ms, high_ms: median and range; an extrapolation has no range. None where memory ran out.
     """
@@ -71,12 +71,21 @@ class Line:
     high_ms: float | None = None
     peak_gib: float | None = None
     weights_gib: float | None = None
-    of_ceiling: float | None = None
+    floor_ms: float | None = None
     parts: tuple[tuple[str, float, float | None], ...] = ()
 
     @property
     def is_baseline(self) -> bool:
         return self.name == STRONG_BASELINE
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return 1000 * self.T / self.step_ms if self.step_ms else None
+
+    @property
+    def of_ceiling(self) -> float | None:
+        """Operations a second that the step needs at least / those of the device's matrix products."""
+        return self.floor_ms / self.step_ms if self.floor_ms and self.step_ms else None
 
     @property
     def transient_gib(self) -> float | None:
@@ -102,13 +111,21 @@ class Group:
             depth += f", extrapolated from {' and '.join(map(str, self.extrapolated_from))}"
         return f"{self.shape}, {depth}, on {self.gpu}"
 
-    def baseline(self, T: int) -> Line | None:
-        return next((line for line in self.lines if line.is_baseline and line.T == T), None)
+    def line(self, T: int, name: str) -> Line | None:
+        return next((line for line in self.lines if (line.T, line.name) == (T, name)), None)
 
-    def speed_up(self, line: Line) -> float | None:
-        """The strong baseline's time of a step at the same length / this line's."""
-        baseline = self.baseline(line.T)
+    def baseline(self, T: int) -> Line | None:
+        return self.line(T, STRONG_BASELINE)
+
+    def speed_up(self, line: Line, over: str = STRONG_BASELINE) -> float | None:
+        """A baseline's time of a step at the same length / this line's."""
+        baseline = self.line(line.T, over)
         return baseline.step_ms / line.step_ms if baseline and baseline.step_ms and line.step_ms else None
+
+    def operations_ratio(self, line: Line) -> float | None:
+        """The strong baseline's operations at the same length / this line's: the speed-up at equal rates."""
+        baseline = self.baseline(line.T)
+        return baseline.floor_ms / line.floor_ms if baseline and baseline.floor_ms and line.floor_ms else None
 
     def memory_ratio(self, line: Line) -> float | None:
         """Peak without weights / the strong baseline's."""
@@ -151,9 +168,6 @@ def _details(record: Record) -> Details:
 
 def _line(record: Record, details: Details) -> Line:
     name = record.method if record.setting in (None, "default") else f"{record.method}, {record.setting}"
-    of_ceiling = None
-    if details.tflop and details.ceiling_tflop_per_s and record.step_ms:
-        of_ceiling = 1000 * details.tflop / record.step_ms / details.ceiling_tflop_per_s
     return Line(
         T=record.T or 0,
         name=name,
@@ -163,23 +177,23 @@ def _line(record: Record, details: Details) -> Line:
         high_ms=record.step_ms_max,
         peak_gib=record.peak_gib,
         weights_gib=details.weights_gib,
-        of_ceiling=of_ceiling,
+        floor_ms=_floor_ms(details, details.tflop),
         parts=_parts(details),
     )
 
 
-def _parts(details: Details) -> tuple[tuple[str, float, float | None], ...]:
-    def floor(name: str) -> float | None:
-        tflop = details.parts_tflop.get(name)
-        return 1000 * tflop / details.ceiling_tflop_per_s if tflop and details.ceiling_tflop_per_s else None
+def _floor_ms(details: Details, tflop: float | None) -> float | None:
+    return 1000 * tflop / details.ceiling_tflop_per_s if tflop and details.ceiling_tflop_per_s else None
 
+
+def _parts(details: Details) -> tuple[tuple[str, float, float | None], ...]:
     order = {name: index for index, name in enumerate(_PARTS)}
     names = sorted(details.parts_ms, key=lambda name: (order.get(name.rpartition(" ")[0], len(order)), name))
-    return tuple((name, details.parts_ms[name], floor(name)) for name in names)
+    return tuple((name, details.parts_ms[name], _floor_ms(details, details.parts_tflop.get(name))) for name in names)
 
 
 def _extrapolations(measured: Sequence[Group]) -> Iterator[Group]:
-    """Step time at full depth, a straight line through the two deepest shallow measurements of a shape."""
+    """A step at full depth: straight lines through the two deepest shallow measurements of a shape."""
     for gpu, shape, full in dict.fromkeys((g.gpu, g.shape, g.full_depth) for g in measured):
         shallow = sorted(
             (g for g in measured if (g.gpu, g.shape) == (gpu, shape) and g.layers < full), key=lambda g: g.layers
@@ -187,14 +201,28 @@ def _extrapolations(measured: Sequence[Group]) -> Iterator[Group]:
         if len(shallow) < 2:
             continue
         low, high = shallow[-2:]
-        lines = []
-        for line in high.lines:
-            other = next((x for x in low.lines if (x.T, x.name) == (line.T, line.name)), None)
-            if other is not None and other.step_ms is not None and line.step_ms is not None:
-                slope = (line.step_ms - other.step_ms) / (high.layers - low.layers)
-                lines.append(Line(line.T, line.name, line.keep, line.step_ms + slope * (full - high.layers)))
+        share = (full - high.layers) / (high.layers - low.layers)
+        pairs = [(low.line(line.T, line.name), line) for line in high.lines]
+        lines = [
+            Line(
+                line.T,
+                line.name,
+                line.keep,
+                _further(other.step_ms, line.step_ms, share),
+                peak_gib=_further(other.peak_gib, line.peak_gib, share),
+                weights_gib=_further(other.weights_gib, line.weights_gib, share),
+                floor_ms=_further(other.floor_ms, line.floor_ms, share),
+            )
+            for other, line in pairs
+            if other is not None and other.step_ms is not None and line.step_ms is not None
+        ]
         if lines:
             yield Group(gpu, shape, full, full, (low.layers, high.layers), tuple(lines))
+
+
+def _further(low: float | None, high: float | None, share: float) -> float | None:
+    """`high` and `share` times the way from `low` to it."""
+    return None if low is None or high is None else high + share * (high - low)
 
 
 def render(found: Sequence[Group], records: Sequence[Record]) -> str:
@@ -258,7 +286,7 @@ def _cells(group: Group, line: Line) -> list[str]:
         _number(line.keep, ".3f"),
         time,
         _number(group.speed_up(line), ".2f", "×"),
-        _number(line.T / line.step_ms * 1000 if line.step_ms else None, ",.0f"),
+        _number(line.tokens_per_s, ",.0f"),
         _number(line.peak_gib, ".2f"),
         _number(line.transient_gib, ".2f"),
         _number(group.memory_ratio(line), ".2f", "×"),
