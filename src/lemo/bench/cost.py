@@ -71,7 +71,8 @@ class _Units:
         self.linear = self.key_value + 2 * T * (2 * D * heads * d + 3 * D * values["intermediate_size"])
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * heads * d)
-        self._a_row = 3 * 2 * D * values["vocab_size"]
+        # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.
+        self._a_row = 2 * 2 * D * values["vocab_size"]
 
     def head(self, rows: int) -> float:
         """The language-model head's products with the loss of so many rows, forward and backward."""
