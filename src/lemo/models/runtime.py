@@ -186,7 +186,7 @@ class Runtime:
         try:
             version, internal, gauss = state["generator"]
             self.generator.setstate((version, tuple(internal), gauss))
-            self.passes = int(state["passes"])
+            self.passes = int(state.get("passes", 0))  # absent before `dense_share` was there
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a lemo runtime state: {error}; resume from another checkpoint") from error
 
