@@ -35,7 +35,7 @@ def rows_of(facts: Facts) -> list[Record]:
         )
 
     branches = facts.branches.values()
-    judged = [r for b in branches for r, size in zip(b.recall, b.size, strict=True) if size]
+    judged = [recall for branch in branches for recall in branch.recall]
     whole = row(knobs)
     whole.keep, whole.wall_s = facts.average_keep, facts.seconds
     whole.loss_before, whole.loss_after_sparse = facts.loss_dense, facts.loss_sparse

@@ -19,8 +19,7 @@ import lemo
 from lemo.bench import records
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
-from lemo.calibration.config import PredictorConfig
-from lemo.config import SparsityConfig
+from lemo.config import PredictorConfig, SparsityConfig
 from lemo.memory import PeakTracker
 from lemo.models import get_runtime
 from lemo.models.calibration import BRANCHES

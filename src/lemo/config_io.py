@@ -22,6 +22,8 @@ from lemo.errors import UserError
 
 DEFAULT_CONFIG = "default.yaml"
 SAVED_CONFIG = "config.yaml"
+# Written last: a directory that holds it is a finished calibration.
+CALIBRATION_FACTS = "calibration.json"
 
 # pydantic's error type -> what is allowed instead; {…} is filled from the error's context.
 _ALLOWED = {
@@ -71,22 +73,29 @@ def load_config(
     Raises:
         UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
     """
-    flags = {
+    given = flags(data=data, model=model, output=output, device=device)
+    if path is None and data is None:
+        source = f"lemo's {DEFAULT_CONFIG}"
+        values = _read_yaml(files("lemo").joinpath(DEFAULT_CONFIG).read_text(encoding="utf-8"), source)
+        config = resolve(RunConfig, values, source, given, overrides)
+    else:
+        config = load(RunConfig, path, given, overrides)
+    saved = Path(config.output) / SAVED_CONFIG
+    if resume and path is None and saved.is_file():
+        return load_config(saved, data=data, model=model, output=config.output, device=device, overrides=overrides)
+    return config
+
+
+def flags(
+    *, data: str | None = None, model: str | None = None, output: str | None = None, device: str | None = None
+) -> dict[str, tuple[str, str | None]]:
+    """The flags that commands share, as `resolve` takes them."""
+    return {
         "data.train": ("--data", data),
         "model.name": ("--model", model),
         "output": ("--output", output),
         "device": ("--device", device),
     }
-    if path is None and data is None:
-        source = f"lemo's {DEFAULT_CONFIG}"
-        values = _read_yaml(files("lemo").joinpath(DEFAULT_CONFIG).read_text(encoding="utf-8"), source)
-        config = resolve(RunConfig, values, source, flags, overrides)
-    else:
-        config = load(RunConfig, path, flags, overrides)
-    saved = Path(config.output) / SAVED_CONFIG
-    if resume and path is None and saved.is_file():
-        return load_config(saved, data=data, model=model, output=config.output, device=device, overrides=overrides)
-    return config
 
 
 def load(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lemo.config import PredictorConfig
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Blocks, predicted_scores
-from lemo.selection.predictor_training import Example, PredictorTraining, Schedule, recall
+from lemo.selection.predictor_training import Example, PredictorTraining, recall
 from lemo.selection.scores import attention_informativeness, mlp_informativeness
 
 D, SIZE = 12, 8
@@ -97,7 +98,7 @@ def examples(branch: str, count: int, generator: torch.Generator) -> list[Exampl
 def test_training_finds_the_blocks_that_count(branch: str) -> None:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    training = PredictorTraining(KINDS[branch](D, (16, 16, 8)), SIZE, Schedule(steps=300, prune_above=0.95))
+    training = PredictorTraining(KINDS[branch](D, (16, 16, 8)), SIZE, PredictorConfig(steps=300, prune_above=0.95))
     judged = examples(branch, 6, generator)
 
     def judge() -> float:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lemo.config import Frozen, LoraConfig, ModelConfig, Share, SparsityConfig, TrainingConfig
-from lemo.config_io import load
+from lemo.config_io import flags, load
 
 BASELINE: Literal["lora+ckpt"] = "lora+ckpt"
 Tokens = Annotated[int, Field(ge=2)]
@@ -183,5 +183,4 @@ def load_quality(
     Raises:
         UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
     """
-    flags = {"model.name": ("--model", model), "output": ("--output", output), "device": ("--device", device)}
-    return load(QualityConfig, path, flags, overrides)
+    return load(QualityConfig, path, flags(model=model, output=output, device=device), overrides)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from lemo.bench.config import Tokens, refuse_same_names
 from lemo.config import Frozen, LoraConfig, Share, SparsityConfig
-from lemo.config_io import load
+from lemo.config_io import flags, load
 
 STRONG_BASELINE: Literal["lora+ckpt"] = "lora+ckpt"
 LIGER: Literal["lora+ckpt+liger"] = "lora+ckpt+liger"
@@ -124,4 +124,4 @@ def load_step(
     Raises:
         UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
     """
-    return load(StepConfig, path, {"output": ("--output", output), "device": ("--device", device)}, overrides)
+    return load(StepConfig, path, flags(output=output, device=device), overrides)

@@ -7,6 +7,7 @@ sample's scores afterwards, which is the same choice: a share and a threshold gi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def algorithm1(
         losses: shares -> loss of each sequence of the sample.
     """
     shares = with_average(first, keep)
-    best, best_loss = shares, _mean(losses(shares))
+    best, best_loss = shares, fmean(losses(shares))
     step = 0.25
     for _ in range(ROUNDS):
         here = torch.tensor(losses(shares), dtype=torch.float64)
@@ -116,7 +117,7 @@ def algorithm1(
         order = sorted(slopes, key=lambda unit: slopes[unit])
         pull = {unit: 2 * index / max(1, len(order) - 1) - 1 for index, unit in enumerate(order)}
         shares = with_average({unit: share + step * pull[unit] for unit, share in shares.items()}, keep)
-        loss = _mean(losses(shares))
+        loss = fmean(losses(shares))
         if loss < best_loss:
             best, best_loss = shares, loss
         step *= 0.7
@@ -128,10 +129,6 @@ def with_average(shares: Mapping[Key, float], keep: float) -> dict[Key, float]:
     low, high = -2.0, 2.0
     for _ in range(60):
         offset = (low + high) / 2
-        mean = _mean([min(1.0, max(LEAST, share + offset)) for share in shares.values()])
+        mean = fmean([min(1.0, max(LEAST, share + offset)) for share in shares.values()])
         low, high = (offset, high) if mean < keep else (low, offset)
     return {unit: min(1.0, max(LEAST, share + high)) for unit, share in shares.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

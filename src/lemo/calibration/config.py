@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lemo.config import DataConfig, Frozen, ModelConfig, Share
-from lemo.config_io import load
-
-
-class PredictorConfig(Frozen):
-    """How predictors are made (`lemo.selection.predictor_training`).
-
-    Args:
-        widths: rows of the three matrices before they shrink; of the last, the length of I(Q) and I(K).
-        steps: training steps of each.
-        learning_rate, weight_decay: AdamW's; the rate falls to zero along a cosine.
-        prune_above: zero frequency over which a neuron is taken out; 1 keeps all.
-        prune_every: steps between prunings.
-    """
-
-    widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64, 32)
-    steps: int = Field(default=1024, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    prune_above: float = Field(default=0.65, gt=0, le=1)
-    prune_every: int = Field(default=64, ge=1)
+from lemo.config import DataConfig, Frozen, ModelConfig, PredictorConfig, Share
+from lemo.config_io import flags, load
 
 
 class CalibrationConfig(Frozen):
@@ -96,10 +77,4 @@ def load_calibration(
     Raises:
         UserError: unreadable file, bad YAML, unknown key, or a value that isn't allowed.
     """
-    flags = {
-        "data.train": ("--data", data),
-        "model.name": ("--model", model),
-        "output": ("--output", output),
-        "device": ("--device", device),
-    }
-    return load(CalibrationConfig, path, flags, overrides)
+    return load(CalibrationConfig, path, flags(data=data, model=model, output=output, device=device), overrides)

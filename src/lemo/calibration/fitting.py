@@ -14,7 +14,7 @@ from lemo.models.bypasses import add_to_fit
 from lemo.models.calibration import BRANCHES, Key
 from lemo.models.watching import BranchCall, watch
 from lemo.selection.predictor import KINDS, Predictor
-from lemo.selection.predictor_training import Example, PredictorTraining, Schedule
+from lemo.selection.predictor_training import Example, PredictorTraining
 from lemo.selection.scores import block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
 
@@ -52,13 +52,6 @@ def fit(
         told: called with the number of sequences seen.
     """
     settings = config.predictor
-    schedule = Schedule(
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        prune_above=settings.prune_above,
-        prune_every=settings.prune_every,
-    )
     steps = -(-settings.steps // count)
     branches = BRANCHES if config.branches == "both" else (config.branches,)
     torch.manual_seed(config.seed)
@@ -73,7 +66,7 @@ def fit(
         if key not in trainings:
             predictor = KINDS[call.branch](call.x.shape[-1], settings.widths).to(call.x.device)
             first_size[key] = predictor.size
-            trainings[key] = PredictorTraining(predictor, config.block_size, schedule, config.seed)
+            trainings[key] = PredictorTraining(predictor, config.block_size, settings, config.seed)
         trainings[key].see(Example(call.x.clone(), exact_scores(call, config.block_size)), steps)
         if config.bypass_rank:
             add_to_fit(fits, call, torch.ones(call.x.shape[0], dtype=torch.bool, device=call.x.device))

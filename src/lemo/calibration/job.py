@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
@@ -32,6 +33,7 @@ from lemo.errors import UserError
 from lemo.models import get_runtime
 from lemo.models.calibration import (
     BRANCHES,
+    EXAMPLE_FILE,
     FACTS_FILE,
     FORMAT,
     TENSORS_FILE,
@@ -49,7 +51,6 @@ from lemo.training.checks import check_length, fingerprint_data
 from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, sync_directory, sync_file, write_json
 
-EXAMPLE = "example.safetensors"
 _SETTLING = 4
 
 
@@ -72,6 +73,9 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
     directory = Path(config.output)
     if resume:
         _refuse_changed(config, directory)
+        if (directory / FACTS_FILE).is_file():
+            console.print("the calibration is finished; nothing is left to do")
+            return read_calibration(directory)
     else:
         refuse_used(directory, "go on with the calibration in it")
     device = choose_device(config.device)
@@ -85,10 +89,6 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
     with storage_errors("the calibration", directory, "choose another --output"):
         directory.mkdir(parents=True, exist_ok=True)
         save_resolved(config, directory / SAVED_CONFIG)
-    if resume and (directory / FACTS_FILE).is_file():
-        console.print("the calibration is finished; nothing is left to do")
-        return read_calibration(directory)
-
     try:
         everything = BranchSelection(threshold=0.0)
         sparsity = SparsityConfig(
@@ -162,17 +162,17 @@ def _allocate(
 ) -> tuple[dict[Key, float], dict[Key, dict[float, float]]]:
     """The shares to keep, and what was measured for them: unit -> share -> rise of the loss."""
     units = sorted(judge.scored().score)
-    dense = _mean(judge.losses({}))
+    dense = fmean(judge.losses({}))
     costs: dict[Key, dict[float, float]] = {unit: {} for unit in units}
     for number, unit in enumerate(units, start=1):
         for level in LEVELS if config.allocation == "curves" else (0.5,):
-            costs[unit][level] = _mean(judge.losses({unit: level})) - dense
+            costs[unit][level] = fmean(judge.losses({unit: level})) - dense
         if number % 10 == 0 or number == len(units):
             console.print(f"cost of {number} of {len(units)} branches measured", highlight=False)
     if config.allocation == "uniform" and config.loss_tolerance is None:
         return dict.fromkeys(units, keep), costs
     if config.allocation == "algorithm1":
-        return algorithm1(_over_mean(judge.scored()), keep, judge.losses), costs
+        return algorithm1(_overfmean(judge.scored()), keep, judge.losses), costs
     if config.loss_tolerance is None:
         return by_curves(costs, keep), costs
     return _within(config.loss_tolerance, judge, costs, dense, config), costs
@@ -191,7 +191,7 @@ def _average_over_units(config: CalibrationConfig) -> float:
     return keep
 
 
-def _over_mean(scored: Scored) -> dict[Key, float]:
+def _overfmean(scored: Scored) -> dict[Key, float]:
     """Share of blocks over the mean score (the paper's first thresholds)."""
     return {unit: float((score >= score.mean()).float().mean()) for unit, score in scored.score.items()}
 
@@ -226,7 +226,7 @@ def _within(
     for _ in range(7):
         middle = (low + high) / 2
         losses, _ = judge.measure(_settle(judge, shares(middle)))
-        if _mean(losses) - dense <= tolerance:
+        if fmean(losses) - dense <= tolerance:
             high = middle
         else:
             low = middle
@@ -250,23 +250,23 @@ def _facts(
     uniform = None
     if config.allocation != "uniform":
         average = sum(shares.values()) / len(shares)
-        uniform = _mean(judge.losses(dict.fromkeys(shares, average)))
+        uniform = fmean(judge.losses(dict.fromkeys(shares, average)))
     scored = judge.scored()
 
-    def column(values: Mapping[Key, Any], branch: str, otherwise: Any) -> list[Any]:
-        return [values.get((layer, branch), otherwise) for layer in range(layers)]
+    def column(values: Mapping[Key, Any], branch: str) -> list[Any]:
+        return [values[layer, branch] for layer in range(layers)]
 
     sizes = {key: predictor.size for key, predictor in fitted.predictors.items()}
     half = {unit: curve[0.5] for unit, curve in costs.items()}
     branches = {
         branch: BranchFacts(
-            thresholds=column(thresholds, branch, 0.0),
-            keep=column(kept, branch, 1.0),
-            cost=column(half, branch, 0.0),
-            recall=column(scored.recall, branch, 1.0),
-            size=column(sizes, branch, 0),
-            first_size=column(fitted.first_size, branch, 0),
-            explained=column(fitted.explained, branch, 1.0) if fitted.explained else None,
+            thresholds=column(thresholds, branch),
+            keep=column(kept, branch),
+            cost=column(half, branch),
+            recall=column(scored.recall, branch),
+            size=column(sizes, branch),
+            first_size=column(fitted.first_size, branch),
+            explained=column(fitted.explained, branch) if fitted.explained else None,
         )
         for branch in BRANCHES
         if any(unit[1] == branch for unit in shares)
@@ -283,8 +283,8 @@ def _facts(
         block_size=config.block_size,
         score=config.score,
         average_keep=sum(kept.values()) / (2 * layers) + (1 - len(kept) / (2 * layers)),
-        loss_dense=_mean(judge.losses({})),
-        loss_sparse=_mean(losses),
+        loss_dense=fmean(judge.losses({})),
+        loss_sparse=fmean(losses),
         loss_uniform=uniform,
         branches=branches,
         widths=widths_of(fitted.predictors),
@@ -302,11 +302,7 @@ def _write(directory: Path, facts: Facts, fitted: Fitted, scored: Scored) -> Non
     for (layer, _), (predicted, exact) in scored.example.items():
         pictures[f"{layer}.predicted"] = predicted.half().contiguous()
         pictures[f"{layer}.exact"] = exact.half().contiguous()
-    save_file(pictures, directory / EXAMPLE)
+    save_file(pictures, directory / EXAMPLE_FILE)
     sync_directory(directory)
     write_json(directory / FACTS_FILE, facts.model_dump(mode="json"))
     forget(directory)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

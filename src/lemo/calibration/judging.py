@@ -20,10 +20,12 @@ from lemo.errors import UserError
 from lemo.evaluation import evaluate
 from lemo.models import get_runtime, sparse_evaluation
 from lemo.models.calibration import BRANCHES, Key
+from lemo.models.runtime import flag
 from lemo.models.watching import BranchCall, watch
+from lemo.selection.layout import build_layout
 from lemo.selection.predictor import AttentionPredictor, Blocks
 from lemo.selection.predictor_training import recall
-from lemo.selection.scores import attention_informativeness
+from lemo.selection.scores import attention_informativeness, edge_blocks, from_predecessor
 from lemo.training.storage import write_text
 
 RECALL_KEEP = 0.5
@@ -112,13 +114,9 @@ class Judge:
             for row in self.rows:
                 ids = torch.tensor(row["input_ids"], device=self.device)
                 self.model.get_decoder()(input_ids=ids[None], use_cache=False)
-                n = -(-len(ids) // self.block_size)
-                ends = torch.zeros(n, dtype=torch.bool)
-                ends[[0, -1]] = True
-                edge.append(ends)
-                sizes = torch.full((n,), self.block_size)
-                sizes[-1] = len(ids) - (n - 1) * self.block_size
-                tokens.append(sizes)
+                layout = build_layout(1, len(ids), self.block_size, torch.device("cpu"))
+                edge.append(edge_blocks(layout))
+                tokens.append(layout.block_tokens)
         self._scored = Scored(
             score={key: torch.cat(parts) for key, parts in scores.items()},
             edge=torch.cat(edge),
@@ -141,29 +139,25 @@ class Judge:
         """(loss of each sequence, share of tokens each unit kept) with these thresholds."""
         name = json.dumps(sorted([*key, value] for key, value in thresholds.items() if value > 0))
         if name not in self._known:
-            before = self.runtime.config
             selection: dict[str, Any] = {
                 branch: BranchSelection(
                     threshold=tuple(thresholds.get((layer, branch), 0.0) for layer in range(self.runtime.layers))
                 )
                 for branch in BRANCHES
             }
-            self.runtime.config = before.model_copy(update={"keep": None, **selection})
+            config = self.runtime.config.model_copy(update=selection)
             self.runtime.collect()
-            try:
-                with sparse_evaluation(self.model):
-                    result = evaluate(
-                        self.model,
-                        self.rows,
-                        self.collate,
-                        documents=len(self.rows),
-                        buckets=1,
-                        device=self.device,
-                        max_tokens=self.max_tokens,
-                    )
-                kept = self.runtime.collect().keep
-            finally:
-                self.runtime.config = before
+            with flag(self.runtime, "config", config), sparse_evaluation(self.model):
+                result = evaluate(
+                    self.model,
+                    self.rows,
+                    self.collate,
+                    documents=len(self.rows),
+                    buckets=1,
+                    device=self.device,
+                    max_tokens=self.max_tokens,
+                )
+            kept = self.runtime.collect().keep
             losses = [document.loss for document in result.documents if document.loss is not None]
             self._known[name] = (losses, [list(pair) for pair in kept])
             self.computed += 1
@@ -177,7 +171,7 @@ def block_scores(exact: Tensor, blocks: Blocks, causal: bool) -> Tensor:
     if exact.dim() == 2:
         return attention_informativeness(exact, causal)
     score = blocks.mean(exact[:, None])[:, 0]
-    return torch.cat([score.new_zeros(1), score[:-1]]) if causal else score
+    return from_predecessor(score) if causal else score
 
 
 def _read_ledger(path: Path) -> dict[str, tuple[list[float], Sequence[Sequence[float]]]]:

@@ -20,12 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lemo.config import BranchSelection, SparsityConfig
-from lemo.selection.predictor import KINDS, LowRankNetwork, Predictor
+from lemo.config_io import CALIBRATION_FACTS
+from lemo.selection.predictor import KINDS, Predictor
 from lemo.sparse.bypass import Bypass
 
 FORMAT = 1
-FACTS_FILE = "calibration.json"
+FACTS_FILE = CALIBRATION_FACTS
 TENSORS_FILE = "calibration.safetensors"
+# Scores predicted and exact, for the report alone.
+EXAMPLE_FILE = "example.safetensors"
 Branch = Literal["attention", "mlp"]
 BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 Key = tuple[int, str]
@@ -173,8 +176,7 @@ def widths_of(predictors: Mapping[Key, Predictor]) -> dict[str, tuple[int, int, 
     """`Facts.widths`."""
     found = {}
     for (layer, branch), predictor in predictors.items():
-        for name, network in predictor.networks.items():
-            assert isinstance(network, LowRankNetwork)
+        for name, network in predictor.by_name.items():
             found[f"{layer}.{branch}.{name}"] = network.widths
     return found
 

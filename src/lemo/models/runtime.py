@@ -192,8 +192,8 @@ class Runtime:
 
 
 @contextmanager
-def flag(runtime: Runtime, name: str, value: bool) -> Iterator[None]:
-    """Sets a switch of the runtime for a while."""
+def flag(runtime: Runtime, name: str, value: Any) -> Iterator[None]:
+    """Sets a switch of the runtime, or its configuration, for a while."""
     before = getattr(runtime, name)
     setattr(runtime, name, value)
     try:

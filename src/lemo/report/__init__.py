@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lemo.config_io import CALIBRATION_FACTS
 from lemo.report.page import build
 
 __all__ = ["build", "build_calibration", "build_records", "holds_calibration", "holds_records"]
@@ -16,7 +17,7 @@ __all__ = ["build", "build_calibration", "build_records", "holds_calibration", "
 
 def holds_calibration(source: Path) -> bool:
     """Whether a directory is that of a calibration."""
-    return (source / "calibration.json").is_file()
+    return (source / CALIBRATION_FACTS).is_file()
 
 
 def build_calibration(directory: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -12,13 +13,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lemo.errors import UserError
-from lemo.models.calibration import Branch, BranchFacts, Facts, read_calibration
+from lemo.models.calibration import EXAMPLE_FILE, Branch, BranchFacts, Facts, read_calibration
 from lemo.report.drawing import FIRST, SECOND, legend, new_figure, style, svg
 from lemo.report.page import FILE, document
 from lemo.report.tables import html_table
 from lemo.training.storage import storage_errors, write_text
 
-EXAMPLE = "example.safetensors"
 _NAMES: dict[Branch, str] = {"attention": "attention", "mlp": "MLP"}
 _COLORS: dict[Branch, str] = {"attention": FIRST, "mlp": SECOND}
 
@@ -31,10 +31,10 @@ def build_calibration(directory: Path) -> Path:
     """
     try:
         facts = read_calibration(directory).facts
-        pictures = load_file(directory / EXAMPLE) if (directory / EXAMPLE).is_file() else {}
+        pictures = load_file(directory / EXAMPLE_FILE) if (directory / EXAMPLE_FILE).is_file() else {}
     except SafetensorError as error:
         raise UserError(
-            f"{directory / EXAMPLE} is damaged ({error}); delete it to have the report without it"
+            f"{directory / EXAMPLE_FILE} is damaged ({error}); delete it to have the report without it"
         ) from error
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -59,11 +59,10 @@ def _header(facts: Facts) -> Iterator[str]:
     )
     yield f"<p>{escape(facts.headline())}.</p>"
     for branch, found in facts.branches.items():
-        shares = sum(found.size) / max(1, sum(found.first_size))
-        recall = [r for r, size in zip(found.recall, found.size, strict=True) if size]
+        shares, recall = sum(found.size) / sum(found.first_size), fmean(found.recall)
         yield (
-            f"<p>{_NAMES[branch]}: mean recall of half of the blocks {sum(recall) / len(recall):.3f}, lowest "
-            f"{min(recall):.3f}; predictors shrank to {shares:.0%} of their numbers.</p>"
+            f"<p>{_NAMES[branch]}: mean recall of half of the blocks {recall:.3f}, lowest "
+            f"{min(found.recall):.3f}; predictors shrank to {shares:.0%} of their numbers.</p>"
         )
 
 
@@ -135,6 +134,6 @@ def _line(found: BranchFacts, layer: int) -> list[str]:
         f"{found.cost[layer]:+.4f}",
         f"{found.recall[layer]:.3f}",
         f"{size:,}",
-        f"{size / first:.0%}" if first else "-",
+        f"{size / first:.0%}",
     ]
     return line + ([f"{found.explained[layer]:.2f}"] if found.explained else [])

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo.selection.scores import causal_view, from_predecessor
 from lemo.types import SequenceLayout
 
 # Distances in blocks over which scores change: a block's place is told at each.
@@ -125,7 +127,6 @@ class Predictor(nn.Module):
     """What both kinds share: inputs made comparable, outputs in the scores' unit.
 
     Attributes:
-        networks: by name.
         center, spread: mean and standard deviation of each input on the sample, [D].
         scale: mean of the exact scores on the sample.
     """
@@ -150,11 +151,18 @@ class Predictor(nn.Module):
 
     def activations(self, x_ND: Tensor, blocks: Blocks) -> dict[str, list[Tensor]]:
         """`LowRankNetwork.activations` of each network."""
-        found = {}
-        for name, network in self.networks.items():
-            assert isinstance(network, LowRankNetwork)
-            found[name] = network.activations(x_ND, blocks, self.center, self.spread)
-        return found
+        return {
+            name: network.activations(x_ND, blocks, self.center, self.spread) for name, network in self.by_name.items()
+        }
+
+    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
+        """What is trained, from `activations`, in units of `scale`: pair scores [n, n], or activities of tokens [N]."""
+        raise NotImplementedError
+
+    @property
+    def by_name(self) -> dict[str, LowRankNetwork]:
+        """Its networks."""
+        return {name: cast(LowRankNetwork, network) for name, network in self.networks.items()}
 
     @property
     def size(self) -> int:
@@ -177,21 +185,20 @@ class AttentionPredictor(Predictor):
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({name: LowRankNetwork(width, widths, pooled=True) for name in ("query", "key")}, width)
 
+    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
+        return (found["query"][-1] @ found["key"][-1].T).tril()
+
     def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
-        found = self.activations(x_ND, blocks)
-        return (found["query"][-1] @ found["key"][-1].T).tril() * self.scale
+        return self.estimates(self.activations(x_ND, blocks)) * self.scale
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         found = self.activations(x_ND, blocks)
         query, key = found["query"][-1], found["key"][-1]
-        n = blocks.count
         if not causal:
             later = query.flip(0).cumsum(0).flip(0)
-            return (later * key).sum(-1) * self.scale / n
-        seen = (query * key.cumsum(0)).sum(-1) * self.scale
-        view = seen / torch.arange(1, n + 1, device=seen.device)
-        return torch.cat([view.new_zeros(1), view[:-1]])
+            return (later * key).sum(-1) * self.scale / blocks.count
+        return causal_view((query * key.cumsum(0)).sum(-1) * self.scale)
 
 
 class ActivityPredictor(Predictor):
@@ -205,10 +212,13 @@ class ActivityPredictor(Predictor):
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
 
+    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
+        return found["activity"][-1][:, 0]
+
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-        tokens = self.activations(x_ND, blocks)["activity"][-1]
-        score = blocks.mean(tokens)[:, 0] * self.scale
-        return torch.cat([score.new_zeros(1), score[:-1]]) if causal else score
+        tokens = self.estimates(self.activations(x_ND, blocks))
+        score = blocks.mean(tokens[:, None])[:, 0] * self.scale
+        return from_predecessor(score) if causal else score
 
 
 KINDS: dict[str, type[AttentionPredictor] | type[ActivityPredictor]] = {

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lemo.config import PredictorConfig
 from lemo.selection.elastic import ZeroCounts, prune
-from lemo.selection.predictor import AttentionPredictor, Blocks, LowRankNetwork, Predictor
+from lemo.selection.predictor import AttentionPredictor, Blocks, Predictor
 from lemo.selection.scores import attention_informativeness
 
 
@@ -25,25 +26,8 @@ class Example:
     exact: Tensor
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast predictors are trained.
-
-    Attributes:
-        steps: in all.
-        learning_rate: at the start; falls to zero along a cosine.
-        weight_decay: of AdamW.
-        prune_every: steps between prunings; none in the last quarter, which mends what was cut.
-        prune_above: zero frequency over which a neuron is taken out.
-        memory: last documents that a step's document is drawn from.
-    """
-
-    steps: int = 1024
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    prune_every: int = 64
-    prune_above: float = 0.65
-    memory: int = 8
+# Last documents that a step's document is drawn from.
+MEMORY = 8
 
 
 class PredictorTraining:
@@ -52,24 +36,21 @@ class PredictorTraining:
     Args:
         predictor: what is trained, on its device.
         block_size: tokens per block.
-        schedule: steps and prunings.
+        config: steps and prunings; none of these in the last quarter, which mends what was cut.
         seed: of the draws from memory.
     """
 
-    def __init__(self, predictor: Predictor, block_size: int, schedule: Schedule, seed: int = 0) -> None:
+    def __init__(self, predictor: Predictor, block_size: int, config: PredictorConfig, seed: int = 0) -> None:
         self.predictor = predictor
-        self.schedule = schedule
+        self.config = config
         self.block_size = block_size
         self.step = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._memory: deque[Example] = deque(maxlen=schedule.memory)
+        self._memory: deque[Example] = deque(maxlen=MEMORY)
         self._optimizer = torch.optim.AdamW(
-            predictor.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+            predictor.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self._counts: dict[str, ZeroCounts] = {}
-        for name, network in predictor.networks.items():
-            assert isinstance(network, LowRankNetwork)
-            self._counts[name] = ZeroCounts(network)
+        self._counts = {name: ZeroCounts(network) for name, network in predictor.by_name.items()}
 
     @torch.enable_grad()
     def see(self, example: Example, steps: int) -> None:
@@ -78,26 +59,22 @@ class PredictorTraining:
             self.predictor.measure(example.x, _mean_score(example.exact))
             self._begin_at_the_mean(example)
         self._memory.append(example)
-        for _ in range(min(steps, self.schedule.steps - self.step)):
+        for _ in range(min(steps, self.config.steps - self.step)):
             self._train()
 
     @torch.no_grad()
     def _begin_at_the_mean(self, example: Example) -> None:
         """Scales the last matrices so that the first estimates have the scores' mean: far over it ReLUs die."""
         found = self.predictor.activations(example.x, Blocks(example.x.shape[0], self.block_size))
-        outputs = [activations[-1] for activations in found.values()]
-        if len(outputs) == 2:
-            pairs = (outputs[0] @ outputs[1].T).tril()
-            factor = _mean_score(pairs).rsqrt()
-        else:
-            factor = 1 / outputs[0].mean()
-        for network in self.predictor.networks.values():
-            assert isinstance(network, LowRankNetwork)
+        networks = self.predictor.by_name.values()
+        # Outputs of a pair are multiplied: each takes the root.
+        factor = _mean_score(self.predictor.estimates(found)) ** (-1 / len(networks))
+        for network in networks:
             network.matrices[-1].mul_(factor.nan_to_num(1.0, 1.0))
 
     def _train(self) -> None:
-        schedule = self.schedule
-        rate = schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step / schedule.steps))
+        config = self.config
+        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         drawn = int(torch.randint(len(self._memory), (), generator=self._generator))
@@ -108,25 +85,24 @@ class PredictorTraining:
         torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), 1.0)
         self._optimizer.step()
         self.step += 1
-        if self.step % schedule.prune_every == 0 and self.step <= 0.75 * schedule.steps:
-            prune(self.predictor, self._counts, schedule.prune_above, self._optimizer)
+        if self.step % config.prune_every == 0 and self.step <= 0.75 * config.steps:
+            prune(self.predictor, self._counts, config.prune_above, self._optimizer)
 
     def _loss(self, example: Example) -> Tensor:
         predictor = self.predictor
         found = predictor.activations(example.x, Blocks(example.x.shape[0], self.block_size))
         for name, activations in found.items():
             self._counts[name].add(activations)
-        exact = example.exact / predictor.scale
+        exact, estimates = example.exact / predictor.scale, predictor.estimates(found)
         if isinstance(predictor, AttentionPredictor):
-            pairs = (found["query"][-1] @ found["key"][-1].T).tril()
             # Who is kept is decided by the sums; where scores lie by the pairs, of which a few are large.
-            by_pair = (pairs - exact).square().sum() / exact.square().sum().clamp(min=1e-12)
-            sums = (attention_informativeness(scores, causal=False) for scores in (pairs, exact))
+            by_pair = (estimates - exact).square().sum() / exact.square().sum().clamp(min=1e-12)
+            sums = (attention_informativeness(scores, causal=False) for scores in (estimates, exact))
             return by_pair + _log_error(*sums)
-        tokens = found["activity"][-1].float()
+        tokens = estimates.float()
         blocks = Blocks(len(exact), self.block_size)
-        by_block = _log_error(*(blocks.mean(x)[:, 0] for x in (tokens, exact[:, None])))
-        return by_block + _log_error(tokens[:, 0], exact)
+        by_block = _log_error(*(blocks.mean(x[:, None])[:, 0] for x in (tokens, exact)))
+        return by_block + _log_error(tokens, exact)
 
 
 def _log_error(found: Tensor, wanted: Tensor) -> Tensor:

@@ -66,11 +66,21 @@ def attention_informativeness(pair_scores: Tensor, causal: bool) -> Tensor:
     lets one threshold serve documents of any length. Causal: the mean of the preceding block's own row, 0 for the
     first.
     """
-    blocks = pair_scores.shape[0]
-    if not causal:
-        return pair_scores.sum(0) / blocks
-    view = pair_scores.sum(1) / torch.arange(1, blocks + 1, device=pair_scores.device)
-    return torch.cat([view.new_zeros(1), view[:-1]])
+    return pair_scores.sum(0) / pair_scores.shape[0] if not causal else causal_view(pair_scores.sum(1))
+
+
+def causal_view(row_sums: Tensor) -> Tensor:
+    """Each block gets its predecessor's mean over the blocks that it sees, 0 for the first.
+
+    Args:
+        row_sums: of each query block, its pair scores summed, [blocks].
+    """
+    return from_predecessor(row_sums / torch.arange(1, row_sums.numel() + 1, device=row_sums.device))
+
+
+def from_predecessor(score: Tensor) -> Tensor:
+    """A document's scores moved on by a block, so that each is decided by earlier blocks; 0 for the first, [blocks]."""
+    return torch.cat([score.new_zeros(1), score[:-1]])
 
 
 def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
@@ -96,10 +106,7 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
         selection: keep or threshold, one number or one a layer.
         layer: index of the layer.
     """
-    first = layout.first_block
-    edge = torch.zeros_like(score, dtype=torch.bool)
-    edge[first] = True
-    edge[torch.cat([first[1:], first.new_full((1,), score.numel())]) - 1] = True
+    edge = edge_blocks(layout)
     if selection.threshold is not None:
         return plan_from_blocks((score >= _at(selection.threshold, layer)) | edge, layout)
 
@@ -108,6 +115,15 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
     kept = edge.clone()
     kept[order] |= rank < most_blocks(layout, _at(selection.keep, layer))[layout.document_of_block[order]]
     return plan_from_blocks(kept, layout)
+
+
+def edge_blocks(layout: SequenceLayout) -> Tensor:
+    """The first and the last block of each document, bool [blocks]."""
+    first, blocks = layout.first_block, layout.block_tokens.numel()
+    edge = torch.zeros(blocks, dtype=torch.bool, device=first.device)
+    edge[first] = True
+    edge[torch.cat([first[1:], first.new_full((1,), blocks)]) - 1] = True
+    return edge
 
 
 def keeps_everything(selection: BranchSelection, layer: int) -> bool:

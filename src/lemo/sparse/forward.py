@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lemo.config import SparsityConfig
+from lemo.config import BranchSelection, SparsityConfig
 from lemo.selection.layout import rows_left_out
 from lemo.selection.predictor import Predictor, predicted_scores
 from lemo.selection.ranking import plan_from_blocks
@@ -158,8 +158,7 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.attention_norm(hidden)
         if call.attention_predictor is not None:
-            score = predicted_scores(call.attention_predictor, normed, layout, call.config.score == "causal")
-            return select_by_score(score, layout, selection, call.layer)
+            return _predicted(call.attention_predictor, normed, call, selection)
         q = view.query(normed, call.rotary)
         k, _ = view.key_value(normed, call.rotary)
         scores = [
@@ -181,8 +180,7 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     if call.mlp_predictor is not None:
         hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.mlp_norm(hidden)
-        score = predicted_scores(call.mlp_predictor, normed, layout, call.config.score == "causal")
-        return select_by_score(score, layout, selection, call.layer)
+        return _predicted(call.mlp_predictor, normed, call, selection)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
@@ -193,6 +191,11 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         )
     score = mlp_informativeness(activity, layout, call.config.score == "causal")
     return select_by_score(score, layout, selection, call.layer)
+
+
+def _predicted(predictor: Predictor, normed_ND: Tensor, call: ForwardCall, selection: BranchSelection) -> TokenPlan:
+    score = predicted_scores(predictor, normed_ND, call.layout, call.config.score == "causal")
+    return select_by_score(score, call.layout, selection, call.layer)
 
 
 def _everything(layout: SequenceLayout, device: torch.device) -> TokenPlan:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo.config import RunConfig
+from lemo.config_io import CALIBRATION_FACTS
 from lemo.errors import UserError
 from lemo.training.storage import sync_directory, sync_file, write_json
 
@@ -46,7 +47,7 @@ def identity(config: RunConfig, model: str, data: str, processes: int) -> dict[s
 
 def _facts_of(directory: str) -> str | None:
     """Hash of a calibration's facts; None where there are none, which `sparsify` refuses with its reason."""
-    path = Path(directory) / "calibration.json"
+    path = Path(directory) / CALIBRATION_FACTS
     return _sha256(path) if path.is_file() else None
 
 
