@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import lemo
 from lemo.bench import records
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
+from lemo.bench.step import timed
 from lemo.config import PredictorConfig, SparsityConfig
 from lemo.memory import PeakTracker
 from lemo.models import get_runtime
@@ -73,20 +73,15 @@ def measure(shape: str, T: int) -> list[Record]:
 
 
 def _row(name: str, shape: str, T: int, run: Callable[[], None], device: str) -> Record:
-    def wait() -> None:
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    run()
-    wait()
+    with timed(device):
+        run()
     tracker = PeakTracker(device)
     held = torch.cuda.memory_allocated() if device != "cpu" else 0
     times = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        wait()
-        times.append(1000 * (time.perf_counter() - start))
+        with timed(device) as seconds:
+            run()
+        times.append(1000 * seconds[0])
     row = Record(
         bench="op",
         method="lemo-forward",

@@ -188,7 +188,7 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
         if number == config.warm_up:
             tracker.reset()
             runtime.collect()
-        with _timed(device) as timer:
+        with timed(device) as timer:
             step()
         if number >= config.warm_up:
             seconds.append(timer[0])
@@ -305,7 +305,7 @@ def _holds(rows: list[Record], place: Place, method: StepMethod) -> bool:
 
 
 @contextmanager
-def _timed(device: str) -> Iterator[list[float]]:
+def timed(device: str) -> Iterator[list[float]]:
     """Seconds until the device has done the work inside, in the list's only place."""
 
     def wait() -> None:

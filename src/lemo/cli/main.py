@@ -82,15 +82,11 @@ def calibrate(
 
     settings = load_calibration(config, data=data, model=model, output=output, device=device, overrides=overrides or [])
     with _work(as_json):
-        try:
-            from lemo.calibration.job import calibrate as run_calibration
+        from lemo.calibration.job import calibrate as run_calibration
 
+        with _kept(settings.output, "what was measured is"):
             facts = run_calibration(settings, resume=resume).facts
-            path = _report(Path(settings.output))
-        except KeyboardInterrupt:
-            raise _InterruptedError(
-                f"stopped; what was measured is in {settings.output}: go on with --resume --output {settings.output}"
-            ) from None
+        path = _report(Path(settings.output))
     _print(
         as_json,
         facts.model_dump(mode="json"),
@@ -153,7 +149,7 @@ def bench_quality(
     with _work(as_json):
         from lemo.bench.quality import run_study
 
-        with _rows_kept(study.output):
+        with _kept(study.output, "finished rows are"):
             rows = run_study(study, resume=resume)
         path = _report(Path(study.output))
     _print_records(as_json, len(rows), path)
@@ -175,7 +171,7 @@ def bench_step(
     with _work(as_json):
         from lemo.bench.step import run_steps
 
-        with _rows_kept(settings.output):
+        with _kept(settings.output, "finished rows are"):
             rows = run_steps(settings, resume=resume)
         path = _report(Path(settings.output))
     _print_records(as_json, len(rows), path)
@@ -218,14 +214,12 @@ class _InterruptedError(Exception):
 
 
 @contextlib.contextmanager
-def _rows_kept(output: str) -> Iterator[None]:
-    """Ctrl-C inside leaves a benchmark's finished rows behind, and says so."""
+def _kept(output: str, what: str) -> Iterator[None]:
+    """Ctrl-C inside leaves what is done behind, and says so."""
     try:
         yield
     except KeyboardInterrupt:
-        raise _InterruptedError(
-            f"stopped; finished rows are in {output}: go on with --resume --output {output}"
-        ) from None
+        raise _InterruptedError(f"stopped; {what} in {output}: go on with --resume --output {output}") from None
 
 
 def run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +32,15 @@ def attention_for(config: Any, tokens: int) -> Iterator[None]:
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     short = 2 * tokens**2 * width < _WORTH_A_PLAN
     if enabled and short and torch.cuda.is_available():
-        _log.info("attention: without cuDNN, whose plans for each length cost more than they save at %d tokens", tokens)
+        _note(tokens)
     torch.backends.cuda.enable_cudnn_sdp(enabled and not short)
     try:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+@functools.cache
+def _note(tokens: int) -> None:
+    """Said once: a calibration evaluates hundreds of times."""
+    _log.info("attention: without cuDNN, whose plans for each length cost more than they save at %d tokens", tokens)
