@@ -6,21 +6,18 @@ they shrink, blocks of 64, half kept.
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lemo
+from benchmarks.ops import op_row
 from lemo.bench import records
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
-from lemo.bench.step import timed
 from lemo.config import PredictorConfig, SparsityConfig
-from lemo.memory import PeakTracker
 from lemo.models import get_runtime
 from lemo.models.calibration import BRANCHES
 from lemo.models.device import choose_device
@@ -28,9 +25,7 @@ from lemo.models.watching import BranchCall, watch
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, predicted_scores
 from lemo.selection.scores import select_by_score
-from lemo.training.summary import versions
 
-REPEATS = 5
 BLOCK = 64
 
 
@@ -69,38 +64,10 @@ def measure(shape: str, T: int) -> list[Record]:
     def forward() -> None:
         layer(hidden, position_embeddings=rotary, attention_mask=None)
 
-    return [_row("dense forward of a layer", shape, T, forward, device), _row("choice", shape, T, choose, device)]
-
-
-def _row(name: str, shape: str, T: int, run: Callable[[], None], device: str) -> Record:
-    with timed(device):
-        run()
-    tracker = PeakTracker(device)
-    held = torch.cuda.memory_allocated() if device != "cpu" else 0
-    times = []
-    for _ in range(REPEATS):
-        with timed(device) as seconds:
-            run()
-        times.append(1000 * seconds[0])
-    row = Record(
-        bench="op",
-        method="lemo-forward",
-        shape=shape,
-        T=T,
-        batch=1,
-        setting=f"prediction: {name}",
-        steps=REPEATS,
-        versions=versions(),
-    )
-    row.step_ms, row.step_ms_min, row.step_ms_max = statistics.median(times), min(times), max(times)
-    row.peak_gib = tracker.read().peak_gib
-    row.details = {"above_what_was_held_gib": row.peak_gib - held / 2**30 if device != "cpu" else None}
-    return row
+    calls = {"dense forward of a layer": forward, "choice": choose}
+    return [op_row(f"prediction: {name}", "lemo-forward", shape, T, run, device) for name, run in calls.items()]
 
 
 if __name__ == "__main__":
     shape, tokens, file = sys.argv[1:]
-    rows = measure(shape, int(tokens))
-    for row in rows:
-        print(f"{row.setting}: {row.step_ms:.2f} ms, peak {row.peak_gib:.2f} GiB")
-    records.write(rows, Path(file))
+    records.write(measure(shape, int(tokens)), Path(file))

@@ -86,6 +86,8 @@ class SparsityConfig(Frozen):
             its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do.
         dense_share: `forward`: share of the training passes that run dense, evenly spread; they count in the average
             keep.
+        train_bypass: `forward`: the bypasses train with the adapter, at its learning rate. The dense model has no use
+            for them, and they aren't part of the adapter.
         score: `forward`: `paper` (equations 1-2; sums over later queries, so selection looks ahead) or `causal`
             (a block's fate is decided by earlier blocks only; thresholds only).
         tile_mib: byte budget (MiB) of one row tile of the MLP's forward in `backward` mode; 0 turns tiling off,
@@ -106,6 +108,7 @@ class SparsityConfig(Frozen):
     mlp: BranchSelection | None = None
     calibration: str | None = None
     dense_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    train_bypass: bool = False
     score: Literal["paper", "causal"] = "paper"
     tile_mib: float = Field(default=256.0, ge=0.0)
 
@@ -121,8 +124,10 @@ class SparsityConfig(Frozen):
                 raise ValueError("give keep for both branches, or attention/mlp one by one, not both")
             if self.score == "causal" and (self.keep is not None or any(b and b.keep for b in branches)):
                 raise ValueError("score causal needs thresholds: a keep (top-k) looks ahead by itself")
-        elif self.attention or self.mlp or self.calibration is not None or self.dense_share:
-            raise ValueError(f"attention, mlp, calibration and dense_share belong to mode forward, not {self.mode}")
+        elif self.attention or self.mlp or self.calibration is not None or self.dense_share or self.train_bypass:
+            raise ValueError(
+                f"attention, mlp, calibration, dense_share and train_bypass belong to mode forward, not {self.mode}"
+            )
         if self.fidelity == 0.0 and self.labelled == "ranked":
             raise ValueError("fidelity 0 keeps labelled blocks alone, so labelled can't be ranked")
         if self.policy == "segments" and self.keep is not None:

@@ -96,6 +96,42 @@ def test_a_run_resumes_with_its_calibration_only(place: Any, tmp_path: Path) -> 
         finetune(settings(f"sparsity.calibration={moved}"), resume=True)
 
 
+def test_bypasses_that_train_resume_where_they_were(place: Any, tmp_path: Path) -> None:
+    overrides = [
+        "device=cpu",
+        "data.max_tokens=512",
+        "data.heldout_share=0.2",
+        "sparsity.mode=forward",
+        "sparsity.train_bypass=true",
+        f"sparsity.calibration={place.calibration('llama')}",
+        "training.learning_rate=5e-3",
+        "training.scheduler=constant",
+        "training.steps=4",
+        "training.save_every=2",
+        "evaluation.documents=0",
+    ]
+
+    def settings(name: str) -> Any:
+        places = {"data": str(place.texts), "model": str(place.model("llama")), "output": str(tmp_path / name)}
+        return load_config(None, **places, overrides=overrides)
+
+    finetune(settings("whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    finetune(settings("parts"), resume=True)
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoint-4" / "lemo_bypasses.safetensors") for name in ("whole", "parts")
+    )
+    calibration = read_calibration(place.calibration("llama"))
+    assert {name: t.shape for name, t in whole.items()} == {name: t.shape for name, t in parts.items()}
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for (layer, branch), fitted in calibration.bypasses.items():
+        used = calibration.facts.branches[branch].thresholds[layer] > 0
+        assert torch.equal(whole[f"{layer}.{branch}.bypass.a"], fitted.a) != used
+    adapter = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapter)
+
+
 def load(place: Any, family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(place.model(family), dtype=dtype)
 

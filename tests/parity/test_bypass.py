@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lemo
 from lemo.models import fit_bypasses, get_runtime
+from lemo.models.surgery import BYPASSES
 from reference import assert_same_gradients, gradients, hooks, record_layers
 from tiny import CASES, FAMILIES, Batch, build, layers_of, make_batch
 
@@ -97,6 +98,37 @@ def test_restore_takes_them_away_and_checkpointing_keeps_them(device: torch.devi
     assert_same_gradients(got, gradients(dense))
     assert set(lemo.restore(sparse).state_dict()) == keys == set(dense.state_dict())
     assert get_runtime(sparse) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_train_if_asked(family: str, device: torch.device) -> None:
+    dense, sparse = pair(family, device, config(mode="forward", keep=0.5, train_bypass=True))
+    batch = make_batch("plain", device, label_all=True)
+    maps = {key: tuple(t.detach().clone().requires_grad_() for t in ts) for key, ts in fitted(sparse, batch).items()}
+    loss, got = step(sparse, batch)
+    want = masked_dense(dense, batch, rows_of_plans(sparse), maps)
+    want.loss.backward()
+    torch.testing.assert_close(loss, want.loss.detach(), rtol=1e-6, atol=0)
+    mine = {name.partition(f"{BYPASSES}.")[2]: got.pop(name) for name in list(got) if BYPASSES in name}
+    assert_same_gradients(got, gradients(dense))
+    theirs = {
+        f"{layer}_{branch}.{part}": t.grad
+        for (layer, branch), ts in maps.items()
+        for part, t in zip(("a", "b", "bias"), ts, strict=True)
+    }
+    assert_same_gradients(mine, theirs)
+    assert not any(BYPASSES in name for name in lemo.restore(sparse).state_dict())
+
+
+def test_frozen_bypasses_that_should_train_are_an_error(device: torch.device) -> None:
+    model = lemo.sparsify(build("llama", device).train(), config(mode="forward", keep=0.5, train_bypass=True))
+    batch = make_batch("plain", device)
+    with pytest.raises(ValueError, match="no bypasses to train"):
+        model(**batch.inputs())
+    fit_bypasses(model, [inputs_of(batch)], rank=5)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"wrap the model in PEFT before lemo\.sparsify"):
+        model(**batch.inputs())
 
 
 def test_mistakes(device: torch.device) -> None:

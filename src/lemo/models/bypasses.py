@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.models.surgery import get_runtime
+from lemo.models.surgery import get_runtime, hold_bypasses
 from lemo.models.watching import BranchCall, watch
 from lemo.sparse.bypass import BypassFit
 
@@ -22,7 +22,8 @@ def fit_bypasses(
     """From now on tokens left out of a branch get the output of a linear map of rank `rank` in the branch's place.
 
     The maps are fitted to what the branches of the dense model put out on the batches, padding left out. One pass, of
-    which sums are kept: twice D² numbers a branch. They don't train, and `restore` takes them away.
+    which sums are kept: twice D² numbers a branch. They train if `SparsityConfig.train_bypass` says so, and `restore`
+    takes them away.
 
     Args:
         model: sparsified with mode `forward`, PEFT or not; it stays in its train or eval mode.
@@ -60,7 +61,7 @@ def fit_bypasses(
     if not fits:
         raise ValueError("fit_bypasses got no batches; give it some thousand tokens of the data")
     solved = {key: fit.solve(rank) for key, fit in fits.items()}
-    runtime.bypasses = {key: bypass for key, (bypass, _) in solved.items()}
+    hold_bypasses(model, {key: bypass for key, (bypass, _) in solved.items()})
     return {key: explained for key, (_, explained) in solved.items()}
 
 

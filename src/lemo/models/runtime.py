@@ -94,9 +94,12 @@ class Runtime:
         """Starts a forward pass.
 
         Raises:
-            ValueError: the `segments` policy is on, and the loss isn't computed by the sparsified model.
+            ValueError: the `segments` policy is on, and the loss isn't computed by the sparsified model; or bypasses
+                that should train can't.
         """
         self.state = BatchState(layout, dense=self.dense_only)
+        if training and self.config.train_bypass:
+            self._check_bypasses()
         if training and self.config.dense_share and not self.dense_only:
             self.passes += 1
             before, now = (int(n * self.config.dense_share + 1e-9) for n in (self.passes - 1, self.passes))
@@ -114,6 +117,16 @@ class Runtime:
             self.state.spans = draw_spans(layout, self.config.segments, self.generator)
             self.last_spans = self.state.spans.ranges
         return self.state
+
+    def _check_bypasses(self) -> None:
+        parameters = [p for bypass in self.bypasses.values() for p in bypass.parameters()]
+        if not parameters:
+            raise ValueError(
+                "train_bypass has no bypasses to train; give a calibration that has some, or call "
+                "lemo.models.fit_bypasses"
+            )
+        if not all(p.requires_grad for p in parameters):
+            raise ValueError("train_bypass: the bypasses are frozen; wrap the model in PEFT before lemo.sparsify")
 
     def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:
         """The plan of one layer in `backward` mode, from the gradient at its output."""

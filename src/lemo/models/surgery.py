@@ -7,21 +7,25 @@ FSDP wrapping and `save_pretrained` look up. Rejected: per-model copies of model
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo.config import BranchSelection, SparsityConfig
 from lemo.models.architectures import Architecture, architecture_of
-from lemo.models.calibration import check_model, fill_in, fingerprint, read_calibration
+from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
 from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
 from lemo.models.view import ArchitectureView
+from lemo.sparse.bypass import Bypass
 
+# Name of the bypasses that train, in the CausalLM.
+BYPASSES = "lemo_bypasses"
 _ATTRIBUTES = (RUNTIME, VIEW, INDEX, PACKS)
 
 
@@ -60,12 +64,13 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     for name in ("attention", "mlp"):
         _check_per_layer(name, getattr(config, name), len(layers))
     runtime = Runtime(config, len(layers))
-    if calibration is not None:
-        device = causal_lm.get_input_embeddings().weight.device
-        runtime.bypasses = calibration.bypasses
-        runtime.predictors = {key: predictor.to(device) for key, predictor in calibration.predictors.items()}
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)
+    if calibration is not None:
+        runtime.predictors = {
+            key: predictor.to(_device_of(layers[key[0]])) for key, predictor in calibration.predictors.items()
+        }
+        hold_bypasses(causal_lm, calibration.bypasses)
     setattr(decoder, RUNTIME, runtime)
     setattr(decoder, PACKS, row.packs)
     _swap(decoder, SparseDecoder)
@@ -83,7 +88,9 @@ def restore(model: Any) -> Any:
     """
     if get_runtime(model) is None:
         raise ValueError("this model isn't sparsified; there is nothing to restore")
-    for module in _causal_lm(model).modules():
+    causal_lm = _causal_lm(model)
+    causal_lm._modules.pop(BYPASSES, None)
+    for module in causal_lm.modules():
         if RUNTIME in module.__dict__:
             module.__class__ = type(module).__mro__[2]
             for name in _ATTRIBUTES:
@@ -98,6 +105,23 @@ def get_runtime(model: Any) -> Runtime | None:
         if runtime is not None:
             return runtime
     return None
+
+
+def hold_bypasses(model: Any, bypasses: Mapping[Key, Bypass]) -> None:
+    """Gives a sparsified model its bypasses, in place of those it has.
+
+    Those that train become parameters of the CausalLM, under `BYPASSES`; frozen ones leave its state dict as it is.
+
+    Args:
+        model: sparsified.
+        bypasses: by (layer, branch).
+    """
+    runtime, causal_lm = _runtime(model), _causal_lm(model)
+    layers = causal_lm.get_submodule(architecture_of(causal_lm.config.model_type).decoder).layers
+    runtime.bypasses = {key: bypass.to(_device_of(layers[key[0]])) for key, bypass in bypasses.items()}
+    if runtime.config.train_bypass:
+        named = {f"{layer}_{branch}": bypass for (layer, branch), bypass in runtime.bypasses.items()}
+        setattr(causal_lm, BYPASSES, nn.ModuleDict(named).requires_grad_(True))
 
 
 @contextmanager
@@ -150,6 +174,10 @@ def _sparsify_layer(layer: Any, index: int, row: Architecture, runtime: Runtime)
     setattr(layer, VIEW, ArchitectureView(layer, row))
     setattr(layer, INDEX, index)
     _swap(layer, SparseLayer)
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
 
 
 def _swap(module: nn.Module, mixin: type) -> None:

@@ -11,30 +11,27 @@ Shapes: N rows, D hidden size, r rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class Bypass:
-    """y = B A x + bias.
+class Bypass(nn.Module):
+    """y = B A x + bias; frozen until `SparsityConfig.train_bypass` asks for more.
 
-    Attributes:
+    Args:
         a: A, [r, D].
         b: B, [D, r].
         bias: [D].
     """
 
-    a: Tensor
-    b: Tensor
-    bias: Tensor
+    def __init__(self, a: Tensor, b: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.a, self.b, self.bias = (nn.Parameter(t, requires_grad=False) for t in (a, b, bias))
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor) -> Tensor:
         """The map of a branch's input at some rows, [N, D]."""
-        a, b, bias = (t.to(x_ND.device, x_ND.dtype) for t in (self.a, self.b, self.bias))
+        a, b, bias = (t.to(x_ND.dtype) for t in (self.a, self.b, self.bias))
         return F.linear(F.linear(x_ND, a), b, bias)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -27,6 +28,7 @@ from lemo.config import RunConfig
 from lemo.errors import UserError
 from lemo.memory import PeakTracker
 from lemo.models import get_runtime
+from lemo.models.calibration import bypasses_of, tensors_of
 from lemo.training import checkpoints
 from lemo.training.metrics import MetricsLog
 from lemo.training.progress import StepDisplay
@@ -36,6 +38,8 @@ from lemo.types import StepStats
 IGNORED = -100
 # Trainer state, scheduler, random states and manifest together.
 _CHECKPOINT_EXTRA = 2 * 2**20
+# Of bypasses that train.
+_BYPASS_FILE = "lemo_bypasses.safetensors"
 
 
 class LemoTrainer(Trainer):
@@ -185,6 +189,8 @@ class LemoTrainer(Trainer):
         runtime = get_runtime(self.adapted)
         assert runtime is not None, "LemoTrainer is given sparsified models"
         write_json(directory / self._runtime_file(), runtime.state_dict())
+        if runtime.config.train_bypass and self.args.should_save:
+            save_file(tensors_of({}, runtime.bypasses), directory / _BYPASS_FILE)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The Trainer calls this when the data are where the checkpoint left them, before the next step."""
@@ -192,6 +198,9 @@ class LemoTrainer(Trainer):
         runtime = get_runtime(self.adapted)
         if checkpoint is not None and runtime is not None:
             runtime.load_state_dict(json.loads((Path(checkpoint) / self._runtime_file()).read_text(encoding="utf-8")))
+            if runtime.config.train_bypass:
+                for key, bypass in bypasses_of(load_file(Path(checkpoint) / _BYPASS_FILE)).items():
+                    runtime.bypasses[key].load_state_dict(bypass.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """By way of the CPU: on several CPU ranks, Trainers before 5.2x ask torch for `cpu:0`, which it refuses."""
@@ -262,7 +271,8 @@ def training_arguments(config: RunConfig, dtype: torch.dtype, device: str) -> Tr
         # The Trainer would drop columns by the forward's signature; the collator takes what it needs.
         remove_unused_columns=False,
         average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
+        # A bypass has no part in a pass that leaves nothing out of its branch.
+        ddp_find_unused_parameters=config.sparsity.train_bypass,
         ddp_broadcast_buffers=False,
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
