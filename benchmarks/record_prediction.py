@@ -1,7 +1,7 @@
 """What choosing costs `forward` mode: predicting and selecting, beside the dense forward of the same layer.
 
 `python -m benchmarks.record_prediction SHAPE TOKENS FILE.jsonl`; random weights, predictors of the default size before
-they shrink, blocks of 64, half kept.
+they shrink, blocks of 64, thresholds that keep half.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.ops import op_row
 from lemo.bench import records
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
-from lemo.config import PredictorConfig, SparsityConfig
+from lemo.config import BranchSelection, PredictorConfig, SparsityConfig
 from lemo.models import get_runtime
 from lemo.models.calibration import BRANCHES
 from lemo.models.device import choose_device
@@ -53,13 +53,16 @@ def measure(shape: str, T: int) -> list[Record]:
     layer, rotary = decoder.layers[0], decoder.rotary_emb(hidden, positions)
     layout = build_layout(1, T, BLOCK, torch.device(device))
     predictors = {b: KINDS[b](seen[b].shape[1], PredictorConfig().widths).to(device) for b in BRANCHES}
-    selection = config.attention_selection
-    assert selection is not None
+    selections = {}
+    for branch, predictor in predictors.items():
+        predictor.requires_grad_(False)
+        half = predicted_scores(predictor, seen[branch], layout, False).median()
+        selections[branch] = BranchSelection(threshold=(float(half),))
 
     def choose() -> None:
         for branch, predictor in predictors.items():
             score = predicted_scores(predictor, seen[branch], layout, False)
-            select_by_score(score, layout, selection, 0)
+            select_by_score(score, layout, selections[branch], 0)
 
     def forward() -> None:
         layer(hidden, position_embeddings=rotary, attention_mask=None)

@@ -22,6 +22,7 @@ class SequenceLayout:
         block_tokens: int64 [blocks], tokens in each block (only a document's last can be short).
         first_row_of_block: int64 [blocks].
         first_block: int64 [documents], each document's first block.
+        edge_block: bool [blocks], the first and the last of each document.
         block_size: tokens per block.
         host: the same with its tensors on the CPU, so that a plan costs one transfer from the device; None where
             they are there already.
@@ -34,6 +35,7 @@ class SequenceLayout:
     block_tokens: Tensor
     first_row_of_block: Tensor
     first_block: Tensor
+    edge_block: Tensor
     block_size: int
     host: SequenceLayout | None = None
 

@@ -25,7 +25,7 @@ from lemo.models.watching import BranchCall, watch
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import AttentionPredictor, Blocks
 from lemo.selection.predictor_training import recall
-from lemo.selection.scores import attention_informativeness, edge_blocks, from_predecessor
+from lemo.selection.scores import attention_informativeness, from_predecessor
 from lemo.training.storage import write_text
 
 RECALL_KEEP = 0.5
@@ -115,7 +115,7 @@ class Judge:
                 ids = torch.tensor(row["input_ids"], device=self.device)
                 self.model.get_decoder()(input_ids=ids[None], use_cache=False)
                 layout = build_layout(1, len(ids), self.block_size, torch.device("cpu"))
-                edge.append(edge_blocks(layout))
+                edge.append(layout.edge_block)
                 tokens.append(layout.block_tokens)
         self._scored = Scored(
             score={key: torch.cat(parts) for key, parts in scores.items()},

@@ -16,7 +16,7 @@ from lemo.config import SparsityConfig
 from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.layout import causal_bounds
 from lemo.selection.predictor import Predictor
-from lemo.selection.ranking import plan_from_blocks
+from lemo.selection.ranking import plan_from_blocks, plan_of_everything
 from lemo.selection.spans import DrawnSpans, draw_spans
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.view import Rotary
@@ -133,8 +133,7 @@ class Runtime:
         if state.spans is not None and not state.dense:
             plan = state.spans.plan
         elif state.dense:
-            blocks = state.layout.block_tokens.numel()
-            plan = plan_from_blocks(torch.ones(blocks, dtype=torch.bool, device=grad_BTD.device), state.layout, 1.0)
+            plan = plan_of_everything(state.layout, fidelity=1.0)
         else:
             energy = block_energy(grad_BTD, state.layout)
             if state.labelled is None:

@@ -92,7 +92,7 @@ def select_by_energy(
     reached = torch.where((total > 0) & total.isfinite(), held / total, 1.0).mean().double()
     # All that the host must know, in one transfer.
     facts = torch.cat([kept.view(torch.uint8), labelled.view(torch.uint8), reached[None].view(torch.uint8)]).cpu()
-    kept, labelled = facts[:-8].bool().chunk(2)
+    kept, labelled = facts[:-8].view(torch.bool).chunk(2)
     if keep is not None:
         _refuse_labels_over_cap(labelled, layout, keep)
     return plan_from_blocks(kept, layout, fidelity=float(facts[-8:].clone().view(torch.float64)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,9 @@ def build_layout(
     block_of_row = torch.full((batch * length,), -1, dtype=torch.int64)
     real = torch.cat([torch.arange(first, end) for first, end in documents])
     block_of_row[real] = torch.repeat_interleave(torch.arange(len(block_tokens)), block_tokens)
+    edge_block = torch.zeros(len(block_tokens), dtype=torch.bool)
+    edge_block[blocks.cumsum(0) - blocks] = True
+    edge_block[blocks.cumsum(0) - 1] = True
     host = SequenceLayout(
         shape=(batch, length),
         documents=documents,
@@ -60,11 +64,12 @@ def build_layout(
         block_tokens=block_tokens,
         first_row_of_block=first_row_of_block,
         first_block=blocks.cumsum(0) - blocks,
+        edge_block=edge_block,
         block_size=block_size,
     )
     if device.type == "cpu":
         return host
-    tensors = ("block_of_row", "document_of_block", "block_tokens", "first_row_of_block", "first_block")
+    tensors = ("block_of_row", "document_of_block", "block_tokens", "first_row_of_block", "first_block", "edge_block")
     return replace(host, host=host, **{name: getattr(host, name).to(device) for name in tensors})
 
 
@@ -83,9 +88,9 @@ def causal_bounds(layout: SequenceLayout, rows: Tensor, window: int | None) -> t
 
 def rows_left_out(plan: TokenPlan, layout: SequenceLayout) -> Tensor:
     """The documents' rows that a plan doesn't keep, int64, ascending."""
-    left = layout.on_host.block_of_row >= 0
-    left[plan.host_rows] = False
-    return left.nonzero().flatten().to(plan.rows.device, non_blocking=True)
+    left = layout.on_host.block_of_row.numpy() >= 0
+    left[plan.host_rows.numpy()] = False
+    return torch.from_numpy(np.flatnonzero(left)).to(plan.rows.device, non_blocking=True)
 
 
 def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,7 @@ Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -59,25 +60,11 @@ class LowRankNetwork(nn.Module):
         first, second, third = self.matrices
         return first.shape[0], second.shape[0], third.shape[0]
 
-    def activations(self, x_ND: Tensor, blocks: Blocks, center_D: Tensor, spread_D: Tensor) -> list[Tensor]:
-        """What each layer's neurons put out for one document, [n or N, width] each; the last is the output.
-
-        The first layer's are by token; the others' by block, in fp32, with pooling, else by token.
-
-        Args:
-            x_ND: normalised inputs of the document's rows.
-            blocks: where its blocks lie.
-            center_D, spread_D: what inputs are made comparable by.
-        """
-        first, second, third = self.matrices
-        scaled = first / spread_D
-        low = torch.relu(F.linear(x_ND, scaled.to(x_ND.dtype), -(scaled @ center_D).to(x_ND.dtype)))
-        if self.pooled:
-            mean, largest = blocks.pool(low)
-            middle = torch.relu(torch.cat([mean, largest, blocks.places(x_ND.device).to(mean.dtype)], 1) @ second.T)
-            return [low, middle, torch.relu(middle @ third.T)]
+    def later_layers(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """What the second and third layers' neurons put out, from the first's: by block with pooling, else by token."""
+        _, second, third = self.matrices
         middle = torch.relu(low @ second.T.to(low.dtype))
-        return [low, middle, torch.relu(middle @ third.T.to(middle.dtype))]
+        return middle, torch.relu(middle @ third.T.to(low.dtype))
 
 
 class Blocks:
@@ -111,16 +98,21 @@ class Blocks:
     def _parts(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
         """The whole blocks' rows [whole, size, r], and those of the last if it is short."""
         end = self.whole * self.size
-        whole = rows_Nr[:end].view(self.whole, self.size, -1)
+        whole = rows_Nr[:end].view(self.whole, self.size, rows_Nr.shape[1])
         return whole, rows_Nr[end:] if self.whole < self.count else None
 
-    def places(self, device: torch.device) -> Tensor:
-        """Where each block lies, fp32 [n, PLACES]; nothing of it depends on later blocks."""
-        index = torch.arange(self.count, device=device, dtype=torch.float32)
-        angles = [2 * math.pi * index / period for period in _PERIODS]
-        columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
-        columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
-        return torch.stack(columns, 1)
+    def places(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Where each block lies, [n, PLACES]; nothing of it depends on later blocks."""
+        return _places(self.count, device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    index = torch.arange(count, device=device, dtype=torch.float32)
+    angles = [2 * math.pi * index / period for period in _PERIODS]
+    columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
+    columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
+    return torch.stack(columns, 1).to(dtype)
 
 
 class Predictor(nn.Module):
@@ -141,6 +133,7 @@ class Predictor(nn.Module):
         self.register_buffer("center", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
+        self._folded: tuple[Tensor, Tensor] | None = None
 
     def measure(self, x_ND: Tensor, mean_score: Tensor) -> None:
         """Takes center, spread and scale from a sample."""
@@ -150,10 +143,41 @@ class Predictor(nn.Module):
         self.scale.copy_(mean_score.clamp(min=torch.finfo(torch.float32).tiny))
 
     def activations(self, x_ND: Tensor, blocks: Blocks) -> dict[str, list[Tensor]]:
-        """`LowRankNetwork.activations` of each network."""
+        """What each layer's neurons put out for one document, by network; the last layer's are the output.
+
+        The first layer's are by token, [N, width]; the others' by block, [n, width] in fp32 or wider, with pooling,
+        else by token.
+
+        Args:
+            x_ND: normalised inputs of the document's rows.
+            blocks: where its blocks lie.
+        """
+        networks = self.by_name
+        widths = [network.widths[0] for network in networks.values()]
+        # All networks read the inputs at once, which is most of the work.
+        low = torch.relu(F.linear(x_ND, *self._first_layers(x_ND.dtype)))
+        lows = seen = low.split(widths, 1)
+        if all(network.pooled for network in networks.values()):
+            mean, largest = blocks.pool(low)
+            places = blocks.places(x_ND.device, mean.dtype)
+            pools = zip(mean.split(widths, 1), largest.split(widths, 1), strict=True)
+            seen = tuple(torch.cat([*pool, places], 1) for pool in pools)
         return {
-            name: network.activations(x_ND, blocks, self.center, self.spread) for name, network in self.by_name.items()
+            name: [rows, *network.later_layers(inputs)]
+            for (name, network), rows, inputs in zip(networks.items(), lows, seen, strict=True)
         }
+
+    def _first_layers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The networks' first matrices in one, for inputs as they come, and what to add; made once when frozen."""
+        matrices = [network.matrices[0] for network in self.by_name.values()]
+        trains = any(matrix.requires_grad for matrix in matrices)
+        held = None if trains else self._folded
+        if held is not None and held[0].dtype == dtype and held[0].device == matrices[0].device:
+            return held
+        scaled = torch.cat(matrices) / self.spread
+        folded = scaled.to(dtype), -(scaled @ self.center).to(dtype)
+        self._folded = None if trains else folded
+        return folded
 
     def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
         """What is trained, from `activations`, in units of `scale`: pair scores [n, n], or activities of tokens [N]."""

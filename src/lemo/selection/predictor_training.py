@@ -26,8 +26,24 @@ class Example:
     exact: Tensor
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """A document with what each step on it needs of its exact scores, in units of the predictor's scale.
+
+    `logs`: of each score that is compared by its logarithm.
+    """
+
+    x: Tensor
+    blocks: Blocks
+    exact: Tensor
+    square: Tensor
+    logs: tuple[Tensor, ...]
+
+
 # Last documents that a step's document is drawn from.
 MEMORY = 8
+# Neurons at zero are counted in every so manieth step: some documents tell enough.
+_COUNT_EVERY = 4
 
 
 class PredictorTraining:
@@ -46,9 +62,9 @@ class PredictorTraining:
         self.block_size = block_size
         self.step = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._memory: deque[Example] = deque(maxlen=MEMORY)
+        self._memory: deque[_Remembered] = deque(maxlen=MEMORY)
         self._optimizer = torch.optim.AdamW(
-            predictor.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            predictor.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self._counts = {name: ZeroCounts(network) for name, network in predictor.by_name.items()}
 
@@ -58,9 +74,21 @@ class PredictorTraining:
         if self.step == 0 and not self._memory:
             self.predictor.measure(example.x, _mean_score(example.exact))
             self._begin_at_the_mean(example)
-        self._memory.append(example)
+        self._memory.append(self._remember(example))
         for _ in range(min(steps, self.config.steps - self.step)):
             self._train()
+
+    def _remember(self, example: Example) -> _Remembered:
+        exact = example.exact / self.predictor.scale
+        blocks = Blocks(example.x.shape[0], self.block_size)
+        compared = tuple(_log(score) for score in self._compared(exact, blocks))
+        return _Remembered(example.x, blocks, exact, exact.square().sum().clamp(min=1e-12), compared)
+
+    def _compared(self, scores: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
+        """What is compared by its logarithm: attention's sums, which decide who is kept; or activities."""
+        if isinstance(self.predictor, AttentionPredictor):
+            return (attention_informativeness(scores, causal=False),)
+        return blocks.mean(scores[:, None])[:, 0], scores
 
     @torch.no_grad()
     def _begin_at_the_mean(self, example: Example) -> None:
@@ -88,29 +116,29 @@ class PredictorTraining:
         if self.step % config.prune_every == 0 and self.step <= 0.75 * config.steps:
             prune(self.predictor, self._counts, config.prune_above, self._optimizer)
 
-    def _loss(self, example: Example) -> Tensor:
-        predictor = self.predictor
-        found = predictor.activations(example.x, Blocks(example.x.shape[0], self.block_size))
-        for name, activations in found.items():
-            self._counts[name].add(activations)
-        exact, estimates = example.exact / predictor.scale, predictor.estimates(found)
-        if isinstance(predictor, AttentionPredictor):
-            # Who is kept is decided by the sums; where scores lie by the pairs, of which a few are large.
-            by_pair = (estimates - exact).square().sum() / exact.square().sum().clamp(min=1e-12)
-            sums = (attention_informativeness(scores, causal=False) for scores in (estimates, exact))
-            return by_pair + _log_error(*sums)
-        tokens = estimates.float()
-        blocks = Blocks(len(exact), self.block_size)
-        by_block = _log_error(*(blocks.mean(x[:, None])[:, 0] for x in (tokens, exact)))
-        return by_block + _log_error(tokens, exact)
+    def _loss(self, example: _Remembered) -> Tensor:
+        found = self.predictor.activations(example.x, example.blocks)
+        if self.step % _COUNT_EVERY == 0:
+            for name, activations in found.items():
+                self._counts[name].add(activations)
+        estimates = self.predictor.estimates(found).float()
+        compared = zip(self._compared(estimates, example.blocks), example.logs, strict=True)
+        loss = sum((_log_error(_log(score) - log) for score, log in compared), start=estimates.new_zeros(()))
+        if isinstance(self.predictor, AttentionPredictor):
+            # Where scores lie: of the pairs a few are large.
+            loss = loss + (estimates - example.exact).square().sum() / example.square
+        return loss
 
 
-def _log_error(found: Tensor, wanted: Tensor) -> Tensor:
+def _log(score: Tensor) -> Tensor:
+    return torch.log(score + 1e-3)
+
+
+def _log_error(difference: Tensor) -> Tensor:
     """Variance of the logarithms' difference in the document, which decides the order in it, and a tenth of its mean.
 
     The mean counts because thresholds are compared across documents.
     """
-    difference = torch.log(found + 1e-3) - torch.log(wanted + 1e-3)
     return difference.var(correction=0) + 0.1 * difference.mean().square()
 
 

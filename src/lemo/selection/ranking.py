@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,21 +47,22 @@ def plan_from_blocks(kept: Tensor, layout: SequenceLayout, fidelity: float | Non
     From the CPU nothing waits for the device; otherwise there is one transfer.
     """
     host = layout.on_host
-    blocks = kept.cpu().nonzero().flatten()
-    tokens = host.block_tokens[blocks]
-    total = int(tokens.sum())
-    counts = torch.zeros(len(layout.documents), dtype=torch.int64)
-    counts.index_add_(0, host.document_of_block[blocks], tokens)
-    host_rows = _rows(blocks, host, total)
-    # Small and from pageable memory: staged at once, so nothing waits.
-    rows = _rows(blocks.to(layout.block_tokens.device, non_blocking=True), layout, total) if layout.host else host_rows
-    cu_seqlens = (0, *counts.cumsum(0).tolist())
+    # NumPy: torch would wake a pool of threads for each of these small operations.
+    blocks = np.flatnonzero(kept.cpu().numpy())
+    tokens = host.block_tokens.numpy()[blocks]
+    ends = tokens.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    # Row = first row of its block + place in the block.
+    offset = host.first_row_of_block.numpy()[blocks] - (ends - tokens)
+    host_rows = torch.from_numpy(np.repeat(offset, tokens) + np.arange(total))
+    # Kept blocks of the documents before each, then their tokens.
+    before = np.searchsorted(blocks, [*host.first_block.numpy(), len(host.block_tokens)])
+    cu_seqlens = tuple(int(value) for value in np.concatenate([[0], ends])[before])
+    # Staged at once from pageable memory, so nothing waits.
+    rows = host_rows.to(layout.block_tokens.device, non_blocking=True)
     return TokenPlan(rows, host_rows, cu_seqlens, keep=total / layout.real_tokens, fidelity=fidelity)
 
 
-def _rows(blocks: Tensor, layout: SequenceLayout, total: int) -> Tensor:
-    """The rows of some blocks, ascending; `total` of them."""
-    tokens = layout.block_tokens[blocks]
-    # Row = first row of its block + place in the block.
-    offset = layout.first_row_of_block[blocks] - (tokens.cumsum(0) - tokens)
-    return torch.repeat_interleave(offset, tokens, output_size=total) + torch.arange(total, device=blocks.device)
+def plan_of_everything(layout: SequenceLayout, fidelity: float | None = None) -> TokenPlan:
+    """The plan that keeps all blocks."""
+    return plan_from_blocks(torch.ones(layout.block_tokens.numel(), dtype=torch.bool), layout, fidelity)

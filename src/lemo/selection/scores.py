@@ -106,7 +106,7 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
         selection: keep or threshold, one number or one a layer.
         layer: index of the layer.
     """
-    edge = edge_blocks(layout)
+    edge = layout.edge_block
     if selection.threshold is not None:
         return plan_from_blocks((score >= _at(selection.threshold, layer)) | edge, layout)
 
@@ -115,15 +115,6 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
     kept = edge.clone()
     kept[order] |= rank < most_blocks(layout, _at(selection.keep, layer))[layout.document_of_block[order]]
     return plan_from_blocks(kept, layout)
-
-
-def edge_blocks(layout: SequenceLayout) -> Tensor:
-    """The first and the last block of each document, bool [blocks]."""
-    first, blocks = layout.first_block, layout.block_tokens.numel()
-    edge = torch.zeros(blocks, dtype=torch.bool, device=first.device)
-    edge[first] = True
-    edge[torch.cat([first[1:], first.new_full((1,), blocks)]) - 1] = True
-    return edge
 
 
 def keeps_everything(selection: BranchSelection, layer: int) -> bool:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lemo.config import BranchSelection, SparsityConfig
 from lemo.selection.layout import rows_left_out
 from lemo.selection.predictor import Predictor, predicted_scores
-from lemo.selection.ranking import plan_from_blocks
+from lemo.selection.ranking import plan_of_everything
 from lemo.selection.scores import (
     attention_informativeness,
     block_pair_scores,
@@ -153,7 +153,7 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     view, layout = call.view, call.layout
     selection = call.config.attention_selection
     if selection is None or keeps_everything(selection, call.layer):
-        return _everything(layout, hidden_BTD.device)
+        return plan_of_everything(layout)
     with NoDropout():
         hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.attention_norm(hidden)
@@ -176,7 +176,7 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     view, layout = call.view, call.layout
     selection = call.config.mlp_selection
     if selection is None or keeps_everything(selection, call.layer):
-        return _everything(layout, hidden_BTD.device)
+        return plan_of_everything(layout)
     if call.mlp_predictor is not None:
         hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.mlp_norm(hidden)
@@ -196,10 +196,6 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
 def _predicted(predictor: Predictor, normed_ND: Tensor, call: ForwardCall, selection: BranchSelection) -> TokenPlan:
     score = predicted_scores(predictor, normed_ND, call.layout, call.config.score == "causal")
     return select_by_score(score, call.layout, selection, call.layer)
-
-
-def _everything(layout: SequenceLayout, device: torch.device) -> TokenPlan:
-    return plan_from_blocks(torch.ones(layout.block_tokens.numel(), dtype=torch.bool, device=device), layout)
 
 
 class NoDropout(TorchFunctionMode):
