@@ -36,12 +36,14 @@ def rows_of(facts: Facts) -> list[Record]:
 
     branches = facts.branches.values()
     judged = [recall for branch in branches for recall in branch.recall]
+    kept = [recall for branch in branches for recall in branch.recall_kept]
     whole = row(knobs)
     whole.keep, whole.wall_s = facts.average_keep, facts.seconds
     whole.loss_before, whole.loss_after_sparse = facts.loss_dense, facts.loss_sparse
     whole.recall = sum(judged) / len(judged)
     whole.details = {
         "lowest_recall": min(judged),
+        "recall_kept": sum(kept) / len(kept),
         "loss_uniform": facts.loss_uniform,
         "size_share": sum(sum(b.size) for b in branches) / sum(sum(b.first_size) for b in branches),
         "tokens": facts.tokens,
@@ -53,6 +55,7 @@ def rows_of(facts: Facts) -> list[Record]:
             one = row(f"{knobs}: layer {layer}, {branch}")
             one.keep, one.recall = values.keep[layer], values.recall[layer]
             one.details = {
+                "recall_kept": values.recall_kept[layer],
                 "cost_of_half": values.cost[layer],
                 "size": values.size[layer],
                 "first_size": values.first_size[layer],

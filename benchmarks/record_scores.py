@@ -29,8 +29,8 @@ def measure(shape: str, T: int) -> list[Record]:
     H, K, d = SHAPES[shape]
     q, k, v = (torch.randn(heads, T, d, device="cuda", dtype=torch.bfloat16) for heads in (H, K, K))
 
-    def scores() -> Tensor:
-        return block_pair_scores(q, k, d**-0.5, 64, None)
+    def scores(mass: bool) -> Callable[[], Tensor]:
+        return lambda: block_pair_scores(q, k, d**-0.5, 64, None, mass)
 
     def attention(backend: SDPBackend) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -40,7 +40,8 @@ def measure(shape: str, T: int) -> list[Record]:
         return run
 
     calls = {
-        "scores": scores,
+        "the paper's": scores(False),
+        "softmax mass": scores(True),
         "FlashAttention-2 forward": attention(SDPBackend.FLASH_ATTENTION),
         "cuDNN attention forward": attention(SDPBackend.CUDNN_ATTENTION),
     }

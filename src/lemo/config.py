@@ -88,8 +88,10 @@ class SparsityConfig(Frozen):
             keep.
         train_bypass: `forward`: the bypasses train with the adapter, at its learning rate. The dense model has no use
             for them, and they aren't part of the adapter.
-        score: `forward`: `paper` (equations 1-2; sums over later queries, so selection looks ahead) or `causal`
-            (a block's fate is decided by earlier blocks only; thresholds only).
+        score: `forward`: what attention's blocks are chosen by: `paper` (equations 1-2; sums over later queries, so
+            selection looks ahead), `mass` (the softmax mass that later queries give; looks ahead too, and costs twice
+            as much to compute) or `causal` (the paper's, but a block's fate is decided by earlier blocks only;
+            thresholds only). MLP blocks are chosen by their activity, with `causal` by their predecessor's.
         tile_mib: byte budget (MiB) of one row tile of the MLP's forward in `backward` mode; 0 turns tiling off,
             which makes hidden states bitwise those of the unmodified model.
     """
@@ -109,7 +111,7 @@ class SparsityConfig(Frozen):
     calibration: str | None = None
     dense_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     train_bypass: bool = False
-    score: Literal["paper", "causal"] = "paper"
+    score: Literal["paper", "mass", "causal"] = "paper"
     tile_mib: float = Field(default=256.0, ge=0.0)
 
     @model_validator(mode="after")

@@ -195,6 +195,7 @@ def test_predicted_plans_are_the_exact_ones_but_for_some_blocks(place: Any) -> N
         ("llama", ["allocation=uniform", "branches=mlp"]),
         ("llama", ["loss_tolerance=0.02", "bypass_rank=0"]),
         ("qwen2", ["score=causal"]),
+        ("llama", ["score=mass"]),
     ],
 )
 def test_other_ways(family: str, changes: list[str], place: Any, tmp_path: Path) -> None:

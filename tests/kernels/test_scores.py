@@ -29,28 +29,36 @@ def draw(T, heads, d, dtype):
     return [torch.randn(T, h, d, generator=generator).to(DEVICE, dtype).transpose(0, 1) for h in heads]
 
 
-def check(case, heads, d, dtype, monkeypatch):
+def check(case, heads, d, dtype, monkeypatch, mass=False):
     T, block_size, window = case
     q, k = draw(T, heads, d, dtype)
-    wanted = reference.block_pair_scores(q.double(), k.double(), d**-0.5, block_size, window)
+    wanted = reference.block_pair_scores(q.double(), k.double(), d**-0.5, block_size, window, mass)
     poisoned(monkeypatch)
-    found = block_pair_scores(q, k, d**-0.5, block_size, window)
+    found = block_pair_scores(q, k, d**-0.5, block_size, window, mass)
     assert found.dtype == torch.float32
     # Products of the inputs are exact; sums are fp32.
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
     assert not found.triu(1).any()
 
 
+@pytest.mark.parametrize("mass", [False, True], ids=["largest", "mass"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_twin(case, dtype, monkeypatch):
-    check(CASES[case], HEADS["grouped"], 16, dtype, monkeypatch)
+def test_equals_the_twin(case, dtype, mass, monkeypatch):
+    check(CASES[case], HEADS["grouped"], 16, dtype, monkeypatch, mass)
 
 
+@pytest.mark.parametrize("mass", [False, True], ids=["largest", "mass"])
 @pytest.mark.parametrize("d", [8, 40, 128])
 @pytest.mark.parametrize("heads", HEADS)
-def test_any_head_size_and_grouping(heads, d, monkeypatch):
-    check(CASES["odd length"], HEADS[heads], d, torch.float32, monkeypatch)
+def test_any_head_size_and_grouping(heads, d, mass, monkeypatch):
+    check(CASES["odd length"], HEADS[heads], d, torch.float32, monkeypatch, mass)
+
+
+def test_a_rows_mass_sums_to_one_even_where_scores_are_large():
+    q, k = (100 * x for x in draw(300, HEADS["grouped"], 16, torch.float32))
+    mass = block_pair_scores(q, k, 1.0, 16, None, mass=True)
+    torch.testing.assert_close(mass.sum(1), torch.ones_like(mass[0]), rtol=1e-4, atol=0)
 
 
 def test_negative_products_count_for_nothing():

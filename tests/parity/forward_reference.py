@@ -138,12 +138,21 @@ def informativeness(query: Tensor, key: Tensor, batch: Batch, window: int | None
     return torch.where(seen, A, torch.zeros_like(A))
 
 
+def softmax_mass(query: Tensor, key: Tensor, batch: Batch, window: int | None) -> Tensor:
+    """Mean over heads of the attention weights, [B, T, T]."""
+    seen = allowed_mask(batch, window)
+    return (query.double() @ key.double().transpose(-1, -2)).masked_fill(~seen, -math.inf).softmax(-1).mean(1)
+
+
 def attention_scores(A: Tensor, batch: Batch, document: list[int], block_size: int, score: str) -> list[float]:
-    """One score for each of the document's blocks: equation 2, or the causal variant."""
+    """One score for each of the document's blocks: equation 2, its causal variant, or the softmax mass."""
     T = batch.input_ids.shape[1]
     matrix = A[document[0] // T].tolist()
     blocks = [[row % T for row in block] for block in blocks_of(document, block_size)]
     n = len(blocks)
+    if score == "mass":
+        given = [[sum(matrix[i][j] for i in own for j in other) / len(own) for other in blocks] for own in blocks]
+        return [sum(row[J] for row in given) / n for J in range(n)]
     S = [
         [max(matrix[i][j] for i in blocks[I] for j in blocks[J]) if J <= I else 0.0 for J in range(n)] for I in range(n)
     ]
@@ -155,7 +164,7 @@ def attention_scores(A: Tensor, batch: Batch, document: list[int], block_size: i
 def mlp_scores(activity: Tensor, document: list[int], block_size: int, score: str) -> list[float]:
     """Mean absolute activity of each block; in the causal variant that of the block before."""
     own = [activity[block].double().abs().mean().item() for block in blocks_of(document, block_size)]
-    return own if score == "paper" else [math.inf, *own[:-1]]
+    return [math.inf, *own[:-1]] if score == "causal" else own
 
 
 def chosen_blocks(scores: list[float], *, keep: float | None = None, threshold: float | None = None) -> set[int]:
@@ -176,7 +185,8 @@ def layer_scores(
     """Scores of every document's blocks in one branch of one layer."""
     if branch == "mlp":
         return [mlp_scores(run.activity[layer], d, block_size, score) for d in batch.documents]
-    A = informativeness(run.queries[layer], run.keys[layer], batch, window_of(model, layer))
+    pairs = softmax_mass if score == "mass" else informativeness
+    A = pairs(run.queries[layer], run.keys[layer], batch, window_of(model, layer))
     return [attention_scores(A, batch, d, block_size, score) for d in batch.documents]
 
 

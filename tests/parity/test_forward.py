@@ -84,7 +84,10 @@ def middle_thresholds(dense: nn.Module, batch: Batch, branch: str, score: str) -
 
 
 SCORE_CASES = [
-    (f, n, s) for f, n in CASES for s in ("paper", "causal") if s == "paper" or f in ("llama", "mistral", "opt-350m")
+    (f, n, s)
+    for f, n in CASES
+    for s in ("paper", "mass", "causal")
+    if s == "paper" or f in ("llama", "mistral", "opt-350m")
 ]
 
 

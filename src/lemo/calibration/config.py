@@ -40,7 +40,7 @@ class CalibrationConfig(Frozen):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     block_size: int = Field(default=64, ge=1)
-    score: Literal["paper", "causal"] = "paper"
+    score: Literal["paper", "mass", "causal"] = "paper"
     branches: Literal["both", "attention", "mlp"] = "both"
     keep: Share = 0.75
     loss_tolerance: float | None = Field(default=None, gt=0)

@@ -29,12 +29,12 @@ class Fitted:
     explained: dict[Key, float]
 
 
-def exact_scores(call: BranchCall, block_size: int) -> Tensor:
+def exact_scores(call: BranchCall, block_size: int, mass: bool) -> Tensor:
     """What a predictor is to estimate of one document: pair scores [n, n], or activities of its tokens [N]."""
     if call.branch == "attention":
         q = call.view.query(call.x, call.rotary)
         k, _ = call.view.key_value(call.x, call.rotary)
-        return block_pair_scores(q, k, call.view.scaling, block_size, call.view.window)
+        return block_pair_scores(q, k, call.view.scaling, block_size, call.view.window, mass)
     return call.view.mlp_activity(call.x)
 
 
@@ -67,7 +67,8 @@ def fit(
             predictor = KINDS[call.branch](call.x.shape[-1], settings.widths).to(call.x.device)
             first_size[key] = predictor.size
             trainings[key] = PredictorTraining(predictor, config.block_size, settings, config.seed)
-        trainings[key].see(Example(call.x.clone(), exact_scores(call, config.block_size)), steps)
+        exact = exact_scores(call, config.block_size, config.score == "mass")
+        trainings[key].see(Example(call.x.clone(), exact), steps)
         if config.bypass_rank:
             add_to_fit(fits, call, torch.ones(call.x.shape[0], dtype=torch.bool, device=call.x.device))
 

@@ -47,6 +47,7 @@ from lemo.models.calibration import (
 )
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
+from lemo.models.surgery import hold_bypasses
 from lemo.training.checks import check_length, fingerprint_data
 from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, sync_directory, sync_file, write_json
@@ -102,13 +103,14 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
         fitted = take_or_fit(model, train, identity, config, console, directory)
         runtime = get_runtime(model)
         assert runtime is not None
-        runtime.predictors, runtime.bypasses = fitted.predictors, fitted.bypasses
+        runtime.predictors = fitted.predictors
+        hold_bypasses(model, fitted.bypasses)
         judge = Judge(
             model,
             heldout,
             Collator.for_tokenizer(tokenizer),
             block_size=config.block_size,
-            causal=config.score == "causal",
+            score=config.score,
             device=device,
             max_tokens=config.data.max_tokens,
             ledger=directory / LEDGER,
@@ -252,6 +254,7 @@ def _facts(
         average = sum(shares.values()) / len(shares)
         uniform = fmean(judge.losses(dict.fromkeys(shares, average)))
     scored = judge.scored()
+    half_recall, kept_recall = scored.recall(dict.fromkeys(kept, 0.5)), scored.recall(kept)
 
     def column(values: Mapping[Key, Any], branch: str) -> list[Any]:
         return [values[layer, branch] for layer in range(layers)]
@@ -263,7 +266,8 @@ def _facts(
             thresholds=column(thresholds, branch),
             keep=column(kept, branch),
             cost=column(half, branch),
-            recall=column(scored.recall, branch),
+            recall=column(half_recall, branch),
+            recall_kept=column(kept_recall, branch),
             size=column(sizes, branch),
             first_size=column(fitted.first_size, branch),
             explained=column(fitted.explained, branch) if fitted.explained else None,

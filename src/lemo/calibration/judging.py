@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,8 +29,6 @@ from lemo.selection.predictor_training import recall
 from lemo.selection.scores import attention_informativeness, from_predecessor
 from lemo.training.storage import write_text
 
-RECALL_KEEP = 0.5
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -39,15 +38,19 @@ class Scored:
         score: predicted, of all blocks of all sequences, on the CPU.
         edge: bool, first and last blocks.
         tokens: in each block.
-        recall: mean over sequences, of half of the blocks.
+        pairs: (predicted, exact) scores of each sequence's blocks.
         example: unit -> (predicted, exact) pair scores of the first sequence; of attention alone.
     """
 
     score: dict[Key, Tensor]
     edge: Tensor
     tokens: Tensor
-    recall: dict[Key, float]
+    pairs: dict[Key, list[tuple[Tensor, Tensor]]]
     example: dict[Key, tuple[Tensor, Tensor]]
+
+    def recall(self, keep: Mapping[Key, float]) -> dict[Key, float]:
+        """Mean over the sequences of `lemo.selection.predictor_training.recall` of these shares."""
+        return {key: fmean(recall(*pair, keep[key]) for pair in pairs) for key, pairs in self.pairs.items()}
 
 
 class Judge:
@@ -58,7 +61,7 @@ class Judge:
         rows: held-out sequences.
         collate: rows to tensors.
         block_size: tokens per block.
-        causal: whether scores are the causal ones.
+        score: as in `SparsityConfig`.
         device: where the model is.
         max_tokens: longest sequence.
         ledger: file of losses that have been computed.
@@ -71,13 +74,14 @@ class Judge:
         collate: Callable[[list[Any]], dict[str, Tensor]],
         *,
         block_size: int,
-        causal: bool,
+        score: str,
         device: str,
         max_tokens: int,
         ledger: Path,
     ) -> None:
         self.model, self.rows, self.collate = model, rows, collate
-        self.block_size, self.causal, self.device, self.max_tokens = block_size, causal, device, max_tokens
+        self.block_size, self.score, self.device, self.max_tokens = block_size, score, device, max_tokens
+        self.causal = score == "causal"
         runtime = get_runtime(model)
         assert runtime is not None, "calibration sparsifies"
         self.runtime = runtime
@@ -91,8 +95,7 @@ class Judge:
         """Predicted scores and recall, from one pass of the dense model over the sample."""
         if self._scored is not None:
             return self._scored
-        scores: dict[Key, list[Tensor]] = {}
-        recalls: dict[Key, list[float]] = {}
+        pairs: dict[Key, list[tuple[Tensor, Tensor]]] = {}
         example: dict[Key, tuple[Tensor, Tensor]] = {}
         edge, tokens = [], []
 
@@ -103,12 +106,11 @@ class Judge:
                 return
             blocks = Blocks(call.x.shape[0], self.block_size)
             predicted = predictor.informativeness(call.x, blocks, self.causal)
-            exact = exact_scores(call, self.block_size)
+            exact = exact_scores(call, self.block_size, self.score == "mass")
             if key not in example and isinstance(predictor, AttentionPredictor):
                 example[key] = (predictor.pair_scores(call.x, blocks).cpu(), exact.cpu())
-            scores.setdefault(key, []).append(predicted.cpu())
             wanted = block_scores(exact, blocks, self.causal)
-            recalls.setdefault(key, []).append(recall(predicted, wanted, RECALL_KEEP))
+            pairs.setdefault(key, []).append((predicted.cpu(), wanted.cpu()))
 
         with watch(self.model, visit):
             for row in self.rows:
@@ -118,10 +120,10 @@ class Judge:
                 edge.append(layout.edge_block)
                 tokens.append(layout.block_tokens)
         self._scored = Scored(
-            score={key: torch.cat(parts) for key, parts in scores.items()},
+            score={key: torch.cat([predicted for predicted, _ in found]) for key, found in pairs.items()},
             edge=torch.cat(edge),
             tokens=torch.cat(tokens),
-            recall={key: sum(values) / len(values) for key, values in recalls.items()},
+            pairs=pairs,
             example=example,
         )
         return self._scored

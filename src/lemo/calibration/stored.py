@@ -88,6 +88,7 @@ def _reused(earlier: Path, model: Any, identity: str, config: CalibrationConfig,
     fixed = ("block_size", "predictor", "seed")
     now = config.model_dump(mode="json")
     changed = [name for name in fixed if settings[name] != now[name]]
+    changed += ["score"] if "mass" in {settings["score"], config.score} and settings["score"] != config.score else []
     changed += ["data"] if old.facts.data != identity else []
     changed += ["bypass_rank"] if config.bypass_rank not in (0, settings["bypass_rank"]) else []
     if settings["branches"] not in ("both", config.branches):

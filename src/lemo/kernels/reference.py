@@ -24,7 +24,9 @@ def attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, lo_N: Tensor, hi_N: T
     return (scores_HNM.softmax(-1) @ v_HMd).transpose(0, 1)
 
 
-def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: int, window: int | None) -> Tensor:
+def block_pair_scores(
+    q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: int, window: int | None, mass: bool = False
+) -> Tensor:
     """Equations 1-2 of the paper for one document, [blocks, blocks]; 0 above the diagonal.
 
     Args:
@@ -32,12 +34,22 @@ def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: in
         scale: factor on q·k.
         block_size: tokens a block; the last one may have fewer.
         window: sliding window in tokens, or None.
+        mass: the softmax mass instead, mean over heads and the query block's rows.
     """
     H, T, _ = q_HTd.shape
-    pair = (q_HTd @ k_KTd.repeat_interleave(H // k_KTd.shape[0], 0).transpose(1, 2) * scale).relu().mean(0)
+    scores = q_HTd @ k_KTd.repeat_interleave(H // k_KTd.shape[0], 0).transpose(1, 2) * scale
     position = torch.arange(T, device=q_HTd.device)
     distance = position[:, None] - position
-    pair = pair.masked_fill((distance < 0) | (distance >= (T if window is None else window)), 0)
+    unseen = (distance < 0) | (distance >= (T if window is None else window))
+    if mass:
+        pair = scores.masked_fill(unseen, float("-inf")).softmax(-1).mean(0)
+        return torch.stack(
+            [
+                torch.stack([part.sum() / len(rows) for part in rows.split(block_size, 1)])
+                for rows in pair.split(block_size)
+            ]
+        )
+    pair = scores.relu().mean(0).masked_fill(unseen, 0)
     blocks = -(-T // block_size)
     # Scores are positive or zero, so zero padding never wins a maximum.
     padded = torch.nn.functional.pad(pair, (0, blocks * block_size - T) * 2)

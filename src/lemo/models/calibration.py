@@ -24,7 +24,7 @@ from lemo.config_io import CALIBRATION_FACTS
 from lemo.selection.predictor import KINDS, Predictor
 from lemo.sparse.bypass import Bypass
 
-FORMAT = 1
+FORMAT = 2
 FACTS_FILE = CALIBRATION_FACTS
 TENSORS_FILE = "calibration.safetensors"
 # Scores predicted and exact, for the report alone.
@@ -42,6 +42,7 @@ class BranchFacts(BaseModel):
         keep: share of the blocks these keep on the sample judged.
         cost: rise of the loss (nats) on that sample where half of the branch's blocks are left out and nothing else.
         recall: share of the blocks with the highest exact scores, half of all, that the predictor ranks as high.
+        recall_kept: the same of as many as `keep`.
         size: numbers in the predictor's matrices; `first_size` before it shrank.
         explained: share of the branch's variance that its bypass explains; None without bypass.
     """
@@ -52,6 +53,7 @@ class BranchFacts(BaseModel):
     keep: list[float]
     cost: list[float]
     recall: list[float]
+    recall_kept: list[float]
     size: list[int]
     first_size: list[int]
     explained: list[float] | None
@@ -84,7 +86,7 @@ class Facts(BaseModel):
     tokens: int
     judged_tokens: int
     block_size: int = Field(ge=1)
-    score: Literal["paper", "causal"]
+    score: Literal["paper", "mass", "causal"]
     average_keep: float
     loss_dense: float
     loss_sparse: float

@@ -59,10 +59,10 @@ def _header(facts: Facts) -> Iterator[str]:
     )
     yield f"<p>{escape(facts.headline())}.</p>"
     for branch, found in facts.branches.items():
-        shares, recall = sum(found.size) / sum(found.first_size), fmean(found.recall)
+        shares, half, kept = sum(found.size) / sum(found.first_size), found.recall, found.recall_kept
         yield (
-            f"<p>{_NAMES[branch]}: mean recall of half of the blocks {recall:.3f}, lowest "
-            f"{min(found.recall):.3f}; predictors shrank to {shares:.0%} of their numbers.</p>"
+            f"<p>{_NAMES[branch]}: mean recall of half of the blocks {fmean(half):.3f}, lowest {min(half):.3f}, of "
+            f"those kept {fmean(kept):.3f}; predictors shrank to {shares:.0%} of their numbers.</p>"
         )
 
 
@@ -120,7 +120,16 @@ def _table(facts: Facts) -> Iterator[str]:
     yield "<h2>Every layer</h2>"
     for branch, found in facts.branches.items():
         yield f"<h3>{_NAMES[branch]}</h3>"
-        heads = ["layer", "keep", "threshold", "cost of half, nats", "recall of half", "predictor", "of its first size"]
+        heads = [
+            "layer",
+            "keep",
+            "threshold",
+            "cost of half, nats",
+            "recall of half",
+            "of those kept",
+            "predictor",
+            "of its first size",
+        ]
         heads += ["bypass explains"] if found.explained else []
         yield html_table(heads, [_line(found, layer) for layer in range(len(found.keep))])
 
@@ -133,6 +142,7 @@ def _line(found: BranchFacts, layer: int) -> list[str]:
         f"{found.thresholds[layer]:.4g}" if found.thresholds[layer] > 0 else "all",
         f"{found.cost[layer]:+.4f}",
         f"{found.recall[layer]:.3f}",
+        f"{found.recall_kept[layer]:.3f}",
         f"{size:,}",
         f"{size / first:.0%}",
     ]

@@ -2,7 +2,8 @@
 
 Equation 1: a token pair's score is the head-mean of the positive scaled q·k. Equation 2: a block pair's score is the
 maximum over its token pairs. A block's informativeness is the sum of its pair scores over the later query blocks, so
-the paper's selection looks ahead; the causal variant judges a block by its predecessor's view of the past.
+the paper's selection looks ahead; the causal variant judges a block by its predecessor's view of the past. In place of
+the equations' pair scores there is the softmax mass that a block's queries give to another's keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from lemo.types import SequenceLayout, TokenPlan
 _SCORES_AT_ONCE = 2**26
 
 
-def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None) -> Tensor:
+def block_pair_scores(
+    q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None, mass: bool = False
+) -> Tensor:
     """Pair scores of one document (equations 1-2), fp32 [blocks, blocks]; query block I, key block J, 0 above I.
 
     Args:
@@ -26,17 +29,21 @@ def block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: 
         scaling: factor on q·k.
         block_size: tokens per block.
         window: sliding window in tokens, or None.
+        mass: in place of the equations', the softmax mass that I's queries give to J's keys; mean over heads and
+            queries, so that a row's scores sum to 1.
 
     On a GPU by a kernel that stores nothing but the scores; otherwise one chunk of query blocks times T at a time.
     """
     if scores_backend(q_HTd, k_KTd, block_size) == "triton":
         from lemo.kernels.scores import block_pair_scores as by_kernel
 
-        return by_kernel(q_HTd, k_KTd, scaling, block_size, window)
-    return _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window)
+        return by_kernel(q_HTd, k_KTd, scaling, block_size, window, mass)
+    return _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window, mass)
 
 
-def _block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None) -> Tensor:
+def _block_pair_scores(
+    q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None, mass: bool
+) -> Tensor:
     H, T, d = q_HTd.shape
     K = k_KTd.shape[0]
     blocks = -(-T // block_size)
@@ -46,15 +53,21 @@ def _block_pair_scores(q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size:
     for start in range(0, T, step):
         end = min(start + step, T)
         q = q_HTd[:, start:end].reshape(K, H // K, end - start, d)
-        pair = (q @ k_KTd[:, None, :end].transpose(-1, -2)).float().mul_(scaling).relu_().mean((0, 1))
+        pair = (q @ k_KTd[:, None, :end].transpose(-1, -2)).float().mul_(scaling)
         seen = position[None, :end] <= position[start:end, None]
         if window is not None:
             seen &= position[None, :end] > position[start:end, None] - window
-        pair = torch.where(seen, pair, 0.0)
+        pair = pair.masked_fill_(~seen, -torch.inf).softmax(-1) if mass else pair.relu_()
+        pair = torch.where(seen, pair.mean((0, 1)), 0.0)
         rows, columns = -(-(end - start) // block_size), -(-end // block_size)
         # Scores are >= 0, so zero padding never wins a maximum.
         pair = torch.nn.functional.pad(pair, (0, columns * block_size - end, 0, rows * block_size - (end - start)))
-        pair = pair.view(rows, block_size, columns, block_size).amax((1, 3))
+        pair = pair.view(rows, block_size, columns, block_size)
+        if mass:
+            queries = (T - position[start:end:block_size]).clamp(max=block_size)
+            pair = pair.sum((1, 3)) / queries[:, None]
+        else:
+            pair = pair.amax((1, 3))
         scores[start // block_size : start // block_size + rows, :columns] = pair
     return scores
 

@@ -163,7 +163,9 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         k, _ = view.key_value(normed, call.rotary)
         scores = [
             attention_informativeness(
-                block_pair_scores(q[:, a:b], k[:, a:b], view.scaling, layout.block_size, view.window),
+                block_pair_scores(
+                    q[:, a:b], k[:, a:b], view.scaling, layout.block_size, view.window, call.config.score == "mass"
+                ),
                 causal=call.config.score == "causal",
             )
             for a, b in layout.documents
