@@ -1,4 +1,4 @@
-"""The figure of docs/speed.svg: what a step takes and what it needs, by method, at full depth."""
+"""The figures of docs/: what a step takes and needs at full depth, and what each method of a quality study retains."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.speed import OUT, SHAPES, Depth
 from lemo.bench.step_config import STRONG_BASELINE
+from lemo.report.drawing import standalone
+from lemo.report.quality_figures import frontier
+from lemo.report.quality_rows import Study
 from lemo.report.step import Line
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -52,6 +55,17 @@ def draw_speed(found: Sequence[Depth], path: Path) -> None:
             row[1].set_yticks([])
             row[1].set_xlim(0, 80)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw_frontier(study: Study, path: Path) -> None:
+    """Gain retained against speed-up and against memory; points carry the numbers of the table's rows.
+
+    Args:
+        study: of one task.
+        path: SVG file to write; nothing is written if nothing was measured.
+    """
+    if text := frontier(study, study.task):
+        path.write_text(standalone(text), encoding="utf-8")
 
 
 def _time(depth: Depth, line: Line) -> str:

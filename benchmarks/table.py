@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/quality.md and docs/speed.md, and its figure, generated from the records.
+"""The tables of README.md, docs/quality.md and docs/speed.md, and the figures of docs/, generated from the records.
 
 `python -m benchmarks.table` rewrites them in place, between comments such as `<!-- quality -->`, `<!-- /quality -->`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figure import draw_speed
+from benchmarks.figure import draw_frontier, draw_speed
 from benchmarks.speed import STEPS, expected_table, full_depth, parts_tables, speed_table, step_records
 from lemo.bench.records import Record, read
 from lemo.report.quality import change_text, gain_text, mean_text, quality_markdown
@@ -33,9 +33,14 @@ SHOWN = {
 }
 
 
+def named(name: str, results: Path = RESULTS) -> list[Record]:
+    """The records of all files whose names end so."""
+    return [record for path in sorted(results.glob(f"*/*_{name}.jsonl")) for record in read(path)]
+
+
 def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     """Every generated table by file and marker; empty where nothing is recorded."""
-    records = [record for path in sorted(results.glob("*/*_quality-*.jsonl")) for record in read(path)]
+    records = named("quality-*", results)
     return {
         README: {
             "quality": compact_table(records),
@@ -47,7 +52,10 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
             "parts": parts_tables(step_records(results, "parts")),
             **{marker: step_markdown(step_records(results, marker)) for marker in STEPS if marker != "parts"},
         },
-        QUALITY: {f"quality:{task}": quality_markdown(records, task) for task in TASKS},
+        QUALITY: {
+            **{f"quality:{task}": quality_markdown(records, task) for task in TASKS},
+            "forward": quality_markdown(named("forward-lm", results), "lm"),
+        },
     }
 
 
@@ -152,3 +160,5 @@ if __name__ == "__main__":
         if text := page(file, parts):
             file.write_text(text, encoding="utf-8")
     draw_speed(full_depth(RESULTS), ROOT / "docs" / "speed.svg")
+    for study in studies(named("quality-*")):
+        draw_frontier(study, ROOT / "docs" / f"quality-{study.task}.svg")

@@ -76,7 +76,9 @@ class Book:
         if row is None:
             row = self._row("quality", job.method, job.seed, self.study.training.steps)
             self.rows.append(row)
-        row.loss_before = before.loss
+        # A row's runs may be days and machines apart: its gain stays what the first of them gave.
+        if row.loss_before is None or not job.equal_time:
+            row.loss_before = before.loss
         if job.equal_time:
             row.steps_equal_time, row.loss_after_equal_time = job.steps, trained.after.loss
         else:

@@ -38,6 +38,14 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
 
 
+def command() -> str:
+    """What was typed: `lemo ...`, or `python -m benchmarks.record_... ...`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name if spec is not None else "lemo"
+    program = ["lemo"] if module.partition(".")[0] == "lemo" else ["python", "-m", module]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
 @dataclass
 class Record:
     """One row. Units are in the names.
@@ -97,7 +105,7 @@ class Record:
     gpu: str = field(default_factory=device_name)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = field(default_factory=commit)
-    command: str = field(default_factory=lambda: shlex.join(["lemo", *sys.argv[1:]]))
+    command: str = field(default_factory=command)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 

@@ -86,6 +86,20 @@ def legend(axes: Axes, columns: int = 5) -> None:
     )
 
 
+# The page's light theme, for a figure that stands alone.
+_LIGHT = (
+    "svg { --ink: #1d2126; --muted: #646c76; --line: #e1e3e6; --first: #1f63b0; --second: #c2560c; --third: #12855f; "
+    "--fourth: #7d4cc2; --fifth: #c02f77; --sixth: #8a6d00; --sans: system-ui, 'DejaVu Sans', Arial, sans-serif; "
+    "background: #ffffff; } * { stroke-linejoin: round; stroke-linecap: butt; }"
+)
+
+
+def standalone(text: str) -> str:
+    """`svg`'s element as a file of its own, in the page's light colours."""
+    opening, closed, rest = text.partition(">")
+    return f"{opening}{closed}<style>{_LIGHT}</style>{rest}\n"
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element whose ids don't clash with another figure's."""
     out = io.StringIO()

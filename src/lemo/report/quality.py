@@ -148,6 +148,7 @@ _KEEP = Column("keep", lambda row: mean_text(row.stat("keep"), ".2f"))
 _STEP = Column("step, ms (faster)", _step_text, "step_ms")
 _PEAK = Column("peak GiB (ratio)", _peak_text, "peak_gib")
 _MARKDOWN = (
+    Column("#", lambda row: str(row.number)),
     Column("method", lambda row: f"`{_markdown(row.method)}`"),
     Column("setting", lambda row: _markdown(row.setting)),
     Column("seeds", _seeds),
