@@ -3,15 +3,20 @@
 #   LEMO="python -m lemo" JOBS=4 bash benchmarks/calibration/variants.sh
 set -euo pipefail
 LEMO=${LEMO:-lemo} JOBS=${JOBS:-1} PLACE=runs/calibrations CONFIG=benchmarks/calibration/smollm2.yaml
+# Side by side, each would start a thread for every core.
+[ "$JOBS" = 1 ] || export OMP_NUM_THREADS=2
 made() { [ -f "$PLACE/$1/calibration.json" ] || $LEMO calibrate --config $CONFIG --output "$PLACE/$1" --resume "${@:2}"; }
 export -f made
 export LEMO PLACE CONFIG
-made both-curves-0.75
-reuse="--set reuse=$PLACE/both-curves-0.75"
+made default-0.75
+reuse="--set reuse=$PLACE/default-0.75"
 {
+  for keep in 0.9 0.5; do echo "made default-$keep $reuse --set keep=$keep"; done
+  # The others leave blocks out in every pass.
+  reuse="$reuse --set dense_share=0"
   for keep in 0.9 0.75 0.5; do
     for way in uniform algorithm1 curves; do
-      [ $way-$keep = curves-0.75 ] || echo "made both-$way-$keep $reuse --set allocation=$way --set keep=$keep"
+      echo "made both-$way-$keep $reuse --set allocation=$way --set keep=$keep"
     done
     echo "made both-curves-$keep-bare $reuse --set keep=$keep --set bypass_rank=0"
     echo "made both-curves-$keep-causal $reuse --set keep=$keep --set score=causal"

@@ -85,9 +85,9 @@ class SparsityConfig(Frozen):
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,
             its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do.
         dense_share: `forward`: share of the training passes that run dense, evenly spread; they count in the average
-            keep.
+            keep. Default: what the calibration was made for, 0 without one.
         train_bypass: `forward`: the bypasses train with the adapter, at its learning rate. The dense model has no use
-            for them, and they aren't part of the adapter.
+            for them, and they aren't part of the adapter. Default: where a calibration has some.
         score: `forward`: what attention's blocks are chosen by: `paper` (equations 1-2; sums over later queries, so
             selection looks ahead), `mass` (the softmax mass that later queries give; looks ahead too, and costs twice
             as much to compute) or `causal` (the paper's, but a block's fate is decided by earlier blocks only;
@@ -109,8 +109,8 @@ class SparsityConfig(Frozen):
     attention: BranchSelection | None = None
     mlp: BranchSelection | None = None
     calibration: str | None = None
-    dense_share: float = Field(default=0.0, ge=0.0, lt=1.0)
-    train_bypass: bool = False
+    dense_share: float | None = Field(default=None, ge=0.0, lt=1.0)
+    train_bypass: bool | None = None
     score: Literal["paper", "mass", "causal"] = "paper"
     tile_mib: float = Field(default=256.0, ge=0.0)
 
@@ -154,6 +154,11 @@ class SparsityConfig(Frozen):
     def kv_gradient(self) -> Literal["all", "kept"]:
         """`kv_grad` with its default filled in (DESIGN 4.2)."""
         return self.kv_grad or ("kept" if self.policy == "segments" else "all")
+
+    @property
+    def may_train_bypass(self) -> bool:
+        """Whether `train_bypass` is on, or may be by default."""
+        return self.calibration is not None if self.train_bypass is None else self.train_bypass
 
     @property
     def attention_selection(self) -> BranchSelection | None:

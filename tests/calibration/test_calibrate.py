@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lemo
 from lemo.calibration import judging
+from lemo.calibration.config import CalibrationConfig
 from lemo.calibration.job import calibrate
 from lemo.calibration.stored import LEDGER
 from lemo.cli.main import run
@@ -148,6 +149,7 @@ def test_a_model_takes_thresholds_predictors_and_bypasses(place: Any) -> None:
     runtime = get_runtime(model)
     assert runtime is not None
     assert runtime.config.block_size == facts.block_size == 16
+    assert (runtime.config.dense_share, runtime.config.train_bypass) == (facts.dense_share, True) == (0.5, True)
     assert runtime.config.attention == BranchSelection(threshold=tuple(facts.branches["attention"].thresholds))
     assert len(runtime.predictors) == len(runtime.bypasses) == 8
     ids = ids_of(place)
@@ -161,6 +163,36 @@ def test_a_model_takes_thresholds_predictors_and_bypasses(place: Any) -> None:
     lemo.restore(model)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+def test_what_the_caller_says_goes_before_the_defaults(place: Any) -> None:
+    calibration = str(place.calibration("llama"))
+    said = lemo.SparsityConfig(mode="forward", calibration=calibration, dense_share=0.0, train_bypass=False)
+    runtime = get_runtime(lemo.sparsify(load(place), said))
+    assert runtime is not None
+    assert (runtime.config.dense_share, runtime.config.train_bypass) == (0.0, False)
+    own_keep = lemo.SparsityConfig(mode="forward", calibration=calibration, keep=0.5)
+    runtime = get_runtime(lemo.sparsify(load(place), own_keep))
+    assert runtime is not None
+    assert not runtime.config.dense_share
+
+
+@pytest.mark.parametrize(
+    ("values", "dense_share", "keep"),
+    [
+        ({"keep": 0.75}, 0.5, 0.5),
+        ({"keep": 0.9}, 0.5, 0.8),
+        ({"keep": 0.6}, 0.2, 0.5),
+        ({"keep": 0.4}, 0.0, 0.4),
+        ({"keep": 0.75, "branches": "attention"}, 0.0, 0.5),
+        ({"keep": 0.8, "branches": "mlp", "dense_share": 0.2}, 0.2, 0.5),
+        ({"loss_tolerance": 0.1}, 0.0, 0.75),
+    ],
+)
+def test_dense_passes_count_in_keep(values: dict[str, Any], dense_share: float, keep: float) -> None:
+    config = CalibrationConfig(**values)
+    assert config.share_of_dense_passes == pytest.approx(dense_share)
+    assert config.keep_of_unit == pytest.approx(keep)
 
 
 def test_keep_goes_before_the_thresholds(place: Any) -> None:
@@ -264,7 +296,8 @@ def test_another_keep_takes_over_what_was_fitted(place: Any, tmp_path: Path, mon
     monkeypatch.setattr(judging, "_append", lambda *arguments: (written.append(arguments), append(*arguments)))
     found = calibrate(place.config("llama", tmp_path / "a", f"reuse={earlier}", "keep=0.6"))
     assert found.facts.average_keep == pytest.approx(0.6, abs=0.03)
-    assert len(written) < 8, "costs were measured again"
+    # Of 24 costs; thresholds are corrected in eight passes at most.
+    assert len(written) < 12, "costs were measured again"
     assert found.facts.branches["mlp"].cost == old.facts.branches["mlp"].cost
     for key, predictor in found.predictors.items():
         assert all(torch.equal(a, old.predictors[key].state_dict()[n]) for n, a in predictor.state_dict().items())
@@ -331,14 +364,15 @@ def test_bad_settings(place: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="four blocks"):
         calibrate(place.config("llama", tmp_path / "a", "block_size=256"))
     with pytest.raises(UserError, match="can't be reached"):
-        calibrate(place.config("llama", tmp_path / "b", "branches=attention", "keep=0.4"))
+        place.config("llama", tmp_path / "b", "branches=attention", "keep=0.4")
+    with pytest.raises(UserError, match="can't be reached"):
+        place.config("llama", tmp_path / "b", "keep=0.4", "dense_share=0.5")
     with pytest.raises(UserError, match="positions"):
         calibrate(place.config("llama", tmp_path / "c", "data.max_tokens=4096"))
     with pytest.raises(UserError, match="packing"):
         place.config("llama", tmp_path / "d", "data.packing=true")
     with pytest.raises(UserError, match="loss_tolerance"):
         place.config("llama", tmp_path / "e", "allocation=algorithm1", "loss_tolerance=0.1")
-    assert not (tmp_path / "b" / "fitted.json").exists(), "found before any work"
 
 
 def test_the_page(place: Any) -> None:

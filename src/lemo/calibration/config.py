@@ -22,7 +22,10 @@ class CalibrationConfig(Frozen):
         block_size: tokens per block.
         score: as in `SparsityConfig.score`.
         branches: which branches may leave blocks out.
-        keep: average share of the blocks kept, over both branches of all layers.
+        keep: average share of the blocks kept, over both branches of all layers and all training passes.
+        dense_share: share of the training passes that are to run dense; they count in `keep`, so the others leave out
+            more. Default: half, or less where `keep` leaves the others under half; none with `loss_tolerance` or one
+            branch alone.
         loss_tolerance: in place of `keep`: as few blocks as raise the loss on the held-out sample by at most so much
             (nats a token).
         allocation: how keep is shared out among branches and layers. `curves`: from each one's cost at some levels,
@@ -43,6 +46,7 @@ class CalibrationConfig(Frozen):
     score: Literal["paper", "mass", "causal"] = "paper"
     branches: Literal["both", "attention", "mlp"] = "both"
     keep: Share = 0.75
+    dense_share: float | None = Field(default=None, ge=0.0, lt=1.0)
     loss_tolerance: float | None = Field(default=None, gt=0)
     allocation: Literal["curves", "algorithm1", "uniform"] = "curves"
     fit_sequences: int = Field(default=256, ge=1)
@@ -60,7 +64,26 @@ class CalibrationConfig(Frozen):
             raise ValueError("data.packing has no use in a calibration; leave it out")
         if self.loss_tolerance is not None and self.allocation == "algorithm1":
             raise ValueError("allocation algorithm1 needs an average keep; leave loss_tolerance out")
+        if self.loss_tolerance is None and self.keep_of_unit <= 0:
+            raise ValueError(
+                f"keep {self.keep:g} can't be reached with {self.share_of_dense_passes:g} of the passes dense and "
+                f"branches {self.branches}; raise keep, or lower dense_share"
+            )
         return self
+
+    @property
+    def share_of_dense_passes(self) -> float:
+        """`dense_share` with its default filled in."""
+        if self.dense_share is not None:
+            return self.dense_share
+        alone = self.branches != "both" or self.loss_tolerance is not None
+        return 0.0 if alone else min(0.5, max(0.0, 2 * self.keep - 1))
+
+    @property
+    def keep_of_unit(self) -> float:
+        """What the branches that leave blocks out keep on average in the passes that do."""
+        sparse = (self.keep - self.share_of_dense_passes) / (1 - self.share_of_dense_passes)
+        return sparse if self.branches == "both" else 2 * sparse - 1
 
 
 def load_calibration(

@@ -52,7 +52,7 @@ from lemo.training.checks import check_length, fingerprint_data
 from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, sync_directory, sync_file, write_json
 
-_SETTLING = 4
+_SETTLING = 8
 
 
 def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration:
@@ -69,7 +69,6 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
         UserError: anything the user can fix.
     """
     started = time.perf_counter()
-    keep = _average_over_units(config)
     console = Console(stderr=True)
     directory = Path(config.output)
     if resume:
@@ -115,7 +114,7 @@ def calibrate(config: CalibrationConfig, *, resume: bool = False) -> Calibration
             max_tokens=config.data.max_tokens,
             ledger=directory / LEDGER,
         )
-        shares, costs = _allocate(judge, keep, config, console)
+        shares, costs = _allocate(judge, config, console)
         facts = _facts(model, judge, fitted, shares, costs, config)
         facts.data, facts.tokens = identity, sum(map(len, train["input_ids"]))
         facts.seconds = time.perf_counter() - started
@@ -160,7 +159,7 @@ def _refuse_short(sequences: list[list[int]], config: CalibrationConfig) -> None
 
 
 def _allocate(
-    judge: Judge, keep: float, config: CalibrationConfig, console: Console
+    judge: Judge, config: CalibrationConfig, console: Console
 ) -> tuple[dict[Key, float], dict[Key, dict[float, float]]]:
     """The shares to keep, and what was measured for them: unit -> share -> rise of the loss."""
     units = sorted(judge.scored().score)
@@ -172,28 +171,15 @@ def _allocate(
         if number % 10 == 0 or number == len(units):
             console.print(f"cost of {number} of {len(units)} branches measured", highlight=False)
     if config.allocation == "uniform" and config.loss_tolerance is None:
-        return dict.fromkeys(units, keep), costs
+        return dict.fromkeys(units, config.keep_of_unit), costs
     if config.allocation == "algorithm1":
-        return algorithm1(_overfmean(judge.scored()), keep, judge.losses), costs
+        return algorithm1(_over_mean(judge.scored()), config.keep_of_unit, judge.losses), costs
     if config.loss_tolerance is None:
-        return by_curves(costs, keep), costs
+        return by_curves(costs, config.keep_of_unit), costs
     return _within(config.loss_tolerance, judge, costs, dense, config), costs
 
 
-def _average_over_units(config: CalibrationConfig) -> float:
-    """`keep` counts both branches; where one stays dense the other must leave out twice as much."""
-    if config.branches == "both":
-        return config.keep
-    keep = 2 * config.keep - 1
-    if keep <= 0:
-        raise UserError(
-            f"keep={config.keep:g} over both branches can't be reached by {config.branches} alone, which is half of "
-            "them; raise keep over 0.5, or set branches=both"
-        )
-    return keep
-
-
-def _overfmean(scored: Scored) -> dict[Key, float]:
+def _over_mean(scored: Scored) -> dict[Key, float]:
     """Share of blocks over the mean score (the paper's first thresholds)."""
     return {unit: float((score >= score.mean()).float().mean()) for unit, score in scored.score.items()}
 
@@ -208,9 +194,9 @@ def _settle(judge: Judge, shares: dict[Key, float]) -> dict[Key, float]:
         thresholds = judge.thresholds(wanted)
         _, kept = judge.measure(thresholds)
         miss = {unit: kept[unit] - share for unit, share in shares.items() if share < 1}
-        worst = max(map(abs, miss.values()), default=0.0)
-        if worst < least:
-            best, least = thresholds, worst
+        missed = sum(map(abs, miss.values())) + abs(sum(miss.values()))
+        if missed < least:
+            best, least = thresholds, missed
         wanted |= {unit: min(0.999, max(0.01, wanted[unit] - value)) for unit, value in miss.items()}
     return best
 
@@ -248,7 +234,7 @@ def _facts(
 ) -> Facts:
     thresholds = _settle(judge, shares)
     losses, kept = judge.measure(thresholds)
-    layers = judge.runtime.layers
+    layers, dense = judge.runtime.layers, config.share_of_dense_passes
     uniform = None
     if config.allocation != "uniform":
         average = sum(shares.values()) / len(shares)
@@ -286,7 +272,8 @@ def _facts(
         judged_tokens=int(scored.tokens.sum()),
         block_size=config.block_size,
         score=config.score,
-        average_keep=sum(kept.values()) / (2 * layers) + (1 - len(kept) / (2 * layers)),
+        dense_share=dense,
+        average_keep=dense + (1 - dense) * (1 - sum(1 - share for share in kept.values()) / (2 * layers)),
         loss_dense=fmean(judge.losses({})),
         loss_sparse=fmean(losses),
         loss_uniform=uniform,

@@ -68,7 +68,8 @@ class Facts(BaseModel):
         model, dtype, fingerprint: what was calibrated.
         data: fingerprint of the sequences; `tokens` of them fitted, `judged_tokens` judged.
         block_size, score: as in `SparsityConfig`.
-        average_keep: over both branches of all layers, on the sample judged.
+        dense_share: of the training passes that are to run dense.
+        average_keep: over both branches of all layers, on the sample judged, dense passes counted.
         loss_dense, loss_sparse: on that sample, nats a token.
         widths: rows of each predictor's matrices, `LAYER.BRANCH.NETWORK` -> three numbers.
         settings: resolved configuration of the calibration.
@@ -87,6 +88,7 @@ class Facts(BaseModel):
     judged_tokens: int
     block_size: int = Field(ge=1)
     score: Literal["paper", "mass", "causal"]
+    dense_share: float
     average_keep: float
     loss_dense: float
     loss_sparse: float
@@ -99,9 +101,10 @@ class Facts(BaseModel):
     def headline(self) -> str:
         """One line on what came out."""
         uniform = "" if self.loss_uniform is None else f", {self.loss_uniform:.4f} with the same keep everywhere"
+        dense = "" if not self.dense_share else f" with {self.dense_share:.0%} of the passes dense"
         return (
-            f"average keep {self.average_keep:.3f}: held-out loss {self.loss_dense:.4f} dense, {self.loss_sparse:.4f} "
-            f"sparse{uniform}"
+            f"average keep {self.average_keep:.3f}{dense}: held-out loss {self.loss_dense:.4f} dense, "
+            f"{self.loss_sparse:.4f} sparse{uniform}"
         )
 
 
@@ -220,12 +223,13 @@ def bypasses_of(tensors: Mapping[str, Tensor]) -> dict[Key, Bypass]:
     return found
 
 
-def fill_in(config: SparsityConfig, facts: Facts) -> SparsityConfig:
-    """The configuration with a calibration's block size and, unless it says what to keep, its thresholds.
+def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
+    """The configuration with a calibration's block size and, unless it says what to keep, thresholds and dense share.
 
     Raises:
         ValueError: it asks for another block size or score than was calibrated.
     """
+    facts = calibration.facts
     if config.block_size not in (None, facts.block_size):
         raise ValueError(
             f"sparsity.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
@@ -237,7 +241,11 @@ def fill_in(config: SparsityConfig, facts: Facts) -> SparsityConfig:
             f"sparsity.score={facts.score}, or calibrate again"
         )
     changes: dict[str, Any] = {"block_size": facts.block_size}
+    if config.train_bypass is None:
+        changes["train_bypass"] = bool(calibration.bypasses)
     if config.keep is None and config.attention is None and config.mlp is None:
+        if config.dense_share is None:
+            changes["dense_share"] = facts.dense_share
         changes |= {
             branch: BranchSelection(threshold=tuple(found.thresholds)) for branch, found in facts.branches.items()
         }

@@ -126,7 +126,9 @@ class Runtime:
                 "lemo.models.fit_bypasses"
             )
         if not all(p.requires_grad for p in parameters):
-            raise ValueError("train_bypass: the bypasses are frozen; wrap the model in PEFT before lemo.sparsify")
+            raise ValueError(
+                "the bypasses are frozen; wrap the model in PEFT before lemo.sparsify, or set train_bypass=False"
+            )
 
     def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:
         """The plan of one layer in `backward` mode, from the gradient at its output."""

@@ -60,7 +60,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
         embedding = causal_lm.get_input_embeddings()
         found = fingerprint(layers, embedding)
         check_model(directory, calibration.facts, found, embedding.weight.dtype, len(layers))
-        config = fill_in(config, calibration.facts)
+        config = fill_in(config, calibration)
     for name in ("attention", "mlp"):
         _check_per_layer(name, getattr(config, name), len(layers))
     runtime = Runtime(config, len(layers))

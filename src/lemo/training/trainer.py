@@ -272,7 +272,7 @@ def training_arguments(config: RunConfig, dtype: torch.dtype, device: str) -> Tr
         remove_unused_columns=False,
         average_tokens_across_devices=True,
         # A bypass has no part in a pass that leaves nothing out of its branch.
-        ddp_find_unused_parameters=config.sparsity.train_bypass,
+        ddp_find_unused_parameters=config.sparsity.may_train_bypass,
         ddp_broadcast_buffers=False,
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
