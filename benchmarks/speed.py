@@ -11,7 +11,7 @@ from lemo.bench.step_config import LIGER, STRONG_BASELINE
 from lemo.report.step import Group, Line, groups
 
 # Step records: marker in docs/speed.md -> file name's end.
-STEPS = {"llama": "step-llama-3-8b", "qwen": "step-qwen3-8b", "parts": "step-parts"}
+STEPS = {"llama": "step-llama-3-8b", "qwen": "step-qwen3-8b", "qwen128": "step-qwen3-8b-128k", "parts": "step-parts"}
 SHAPES = {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}
 OUT = "out of memory"
 EXTRAPOLATED = "†"

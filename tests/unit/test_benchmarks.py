@@ -11,6 +11,7 @@ import pytest
 
 from lemo.bench.records import KEYS, Record, read, write
 from lemo.bench.step_config import LIGER
+from lemo.report.quality_rows import studies
 from lemo.report.step import Group, Line
 from synthetic_quality import RETRIEVAL, study
 from synthetic_run import write_run
@@ -18,10 +19,10 @@ from synthetic_run import write_run
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.figure import draw_speed  # noqa: E402
+from benchmarks.figure import draw_frontier, draw_speed  # noqa: E402
 from benchmarks.record_demo import record_of  # noqa: E402
 from benchmarks.speed import Depth, expected_table, full_depth, parts_tables, speed_table  # noqa: E402
-from benchmarks.table import README, RESULTS, compact_table, demo_table, page, replaced, tables  # noqa: E402
+from benchmarks.table import README, RESULTS, compact_table, demo_table, named, page, replaced, tables  # noqa: E402
 
 BASELINE, OURS = "lora+ckpt", "lemo-backward, spread 0.25"
 RECORDS = sorted(RESULTS.glob("*/*.jsonl"))
@@ -242,3 +243,14 @@ def test_the_speed_figure_shows_what_the_records_say(tmp_path):
     drawn = texts(tmp_path / "speed.svg")
     assert any("2.29×" in text for text in drawn)
     assert drawn == texts(ROOT / "docs" / "speed.svg"), "run: python -m benchmarks.table"
+
+
+@pytest.mark.parametrize("study", studies(named("quality-*")), ids=lambda study: study.task)
+def test_the_quality_figures_show_what_the_records_say(study, tmp_path):
+    def texts(path):
+        return re.findall(r">([^<>]+)</text>", path.read_text(encoding="utf-8"))
+
+    draw_frontier(study, tmp_path / "frontier.svg")
+    drawn = texts(tmp_path / "frontier.svg")
+    assert {str(row.number) for row in study.rows} <= {text.partition(":")[0] for text in drawn}
+    assert drawn == texts(ROOT / "docs" / f"quality-{study.task}.svg"), "run: python -m benchmarks.table"
