@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.speed import OUT, SHAPES, Depth
 from lemo.bench.step_config import STRONG_BASELINE
 from lemo.report.drawing import standalone
-from lemo.report.quality_figures import frontier
+from lemo.report.quality_figures import frontier, heat_maps
 from lemo.report.quality_rows import Study
 from lemo.report.step import Line
 
@@ -64,7 +64,21 @@ def draw_frontier(study: Study, path: Path) -> None:
         study: of one task.
         path: SVG file to write; nothing is written if nothing was measured.
     """
-    if text := frontier(study, study.task):
+    _write(frontier(study, study.task), path)
+
+
+def draw_depths(study: Study, path: Path) -> None:
+    """Share of right answers by depth and length, before training and after it by every row.
+
+    Args:
+        study: of one task.
+        path: SVG file to write; nothing is written for a task without answers.
+    """
+    _write(heat_maps(study, study.task), path)
+
+
+def _write(text: str | None, path: Path) -> None:
+    if text:
         path.write_text(standalone(text), encoding="utf-8")
 
 

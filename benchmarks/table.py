@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figure import draw_frontier, draw_speed
+from benchmarks.figure import draw_depths, draw_frontier, draw_speed
 from benchmarks.speed import STEPS, expected_table, full_depth, parts_tables, speed_table, step_records
 from lemo.bench.records import Record, read
 from lemo.report.quality import change_text, gain_text, mean_text, quality_markdown
@@ -162,3 +162,4 @@ if __name__ == "__main__":
     draw_speed(full_depth(RESULTS), ROOT / "docs" / "speed.svg")
     for study in studies(named("quality-*")):
         draw_frontier(study, ROOT / "docs" / f"quality-{study.task}.svg")
+        draw_depths(study, ROOT / "docs" / f"quality-{study.task}-depths.svg")

@@ -19,7 +19,7 @@ from synthetic_run import write_run
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.figure import draw_frontier, draw_speed  # noqa: E402
+from benchmarks.figure import draw_depths, draw_frontier, draw_speed  # noqa: E402
 from benchmarks.record_demo import record_of  # noqa: E402
 from benchmarks.speed import Depth, expected_table, full_depth, parts_tables, speed_table  # noqa: E402
 from benchmarks.table import README, RESULTS, compact_table, demo_table, named, page, replaced, tables  # noqa: E402
@@ -254,3 +254,7 @@ def test_the_quality_figures_show_what_the_records_say(study, tmp_path):
     drawn = texts(tmp_path / "frontier.svg")
     assert {str(row.number) for row in study.rows} <= {text.partition(":")[0] for text in drawn}
     assert drawn == texts(ROOT / "docs" / f"quality-{study.task}.svg"), "run: python -m benchmarks.table"
+    draw_depths(study, tmp_path / "depths.svg")
+    assert (tmp_path / "depths.svg").exists() == (study.task == "retrieval")
+    if study.task == "retrieval":
+        assert texts(tmp_path / "depths.svg") == texts(ROOT / "docs" / "quality-retrieval-depths.svg")
