@@ -33,6 +33,28 @@ def test_sums_are_those_of_the_pair_scores(tokens: int, causal: bool) -> None:
     torch.testing.assert_close(predictor.informativeness(x, blocks, causal), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("branch", KINDS)
+def test_stacked_networks_put_out_what_each_does(branch: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    predictor = KINDS[branch](D, (6, 5, 4))
+    predictor.measure(torch.randn(50, D), torch.tensor(0.3))
+    first, second = next(iter(predictor.by_name.values())).matrices[:2]
+    if branch == "attention":  # As a pruned network would be: narrower than the other.
+        first.data, second.data = first.data[1:], torch.cat([second.data[:, 1:6], second.data[:, 7:]], 1)
+    x, blocks = torch.randn(41, D).to(dtype), Blocks(41, SIZE)
+    wanted = [activations[-1] for activations in predictor.activations(x, blocks).values()]
+    wanted[-1] = wanted[-1] * predictor.scale
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    for frozen in (False, True, True):
+        predictor.requires_grad_(not frozen)
+        found = predictor.outputs(x, blocks)
+        torch.testing.assert_close(found, torch.cat(wanted, 1).to(found.dtype), **tolerance)
+        assert (predictor._stacked is not None) == frozen
+    # Other inputs' dtype: stacked anew.
+    torch.testing.assert_close(predictor.outputs(x.float(), blocks).float(), found.float(), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("branch", KINDS)
 def test_causal_scores_dont_look_ahead(branch: str) -> None:
     torch.manual_seed(0)

@@ -168,8 +168,8 @@ def test_markdown_of_a_task() -> None:
     assert lines[0] == ("`smollm2-135m-instruct`, T = 8,192, 100 steps with a batch of 1, on NVIDIA H100 80GB HBM3.")
     assert len(lines) == 4 + len(RETRIEVAL)
     assert lines[5] == (
-        "| 2 | `lemo-backward` | default | 5 | 0.26 | 98% (96% to 101%) | 103% (101% to 106%) | 420 (×1.29) | 0.91 (×0.95) "
-        "| 0.120 → 0.882 | 1.700 → 1.602 |"
+        "| 2 | `lemo-backward` | default | 5 | 0.26 | 98% (96% to 101%) | 103% (101% to 106%) | 420 (×1.29) "
+        "| 0.91 (×0.95) | 0.120 → 0.882 | 1.700 → 1.602 |"
     )
     assert {line.count("|") for line in lines[2:]} == {12}
     assert "accuracy" not in quality_markdown(study(), "sft")

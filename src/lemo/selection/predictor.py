@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -115,6 +116,22 @@ def _places(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.stack(columns, 1).to(dtype)
 
 
+@dataclass(frozen=True)
+class _Stacked:
+    """All networks of a predictor as one, in one dtype: an input goes through three products, however many there are.
+
+    Attributes:
+        first, bias: the first matrices, for inputs as they come, [r, D] and [r].
+        second: of all pooled means, all maxima and the place, or of the tokens' r numbers, [·, m].
+        third: [m, outputs]; the last network's outputs are in the scores' unit.
+    """
+
+    first: Tensor
+    bias: Tensor
+    second: Tensor
+    third: Tensor
+
+
 class Predictor(nn.Module):
     """What both kinds share: inputs made comparable, outputs in the scores' unit.
 
@@ -133,7 +150,7 @@ class Predictor(nn.Module):
         self.register_buffer("center", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
-        self._folded: tuple[Tensor, Tensor] | None = None
+        self._stacked: _Stacked | None = None
 
     def measure(self, x_ND: Tensor, mean_score: Tensor) -> None:
         """Takes center, spread and scale from a sample."""
@@ -157,7 +174,7 @@ class Predictor(nn.Module):
         # All networks read the inputs at once, which is most of the work.
         low = torch.relu(F.linear(x_ND, *self._first_layers(x_ND.dtype)))
         lows = seen = low.split(widths, 1)
-        if all(network.pooled for network in networks.values()):
+        if self.pooled:
             mean, largest = blocks.pool(low)
             places = blocks.places(x_ND.device, mean.dtype)
             pools = zip(mean.split(widths, 1), largest.split(widths, 1), strict=True)
@@ -168,16 +185,49 @@ class Predictor(nn.Module):
         }
 
     def _first_layers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The networks' first matrices in one, for inputs as they come, and what to add; made once when frozen."""
-        matrices = [network.matrices[0] for network in self.by_name.values()]
-        trains = any(matrix.requires_grad for matrix in matrices)
-        held = None if trains else self._folded
-        if held is not None and held[0].dtype == dtype and held[0].device == matrices[0].device:
+        """The networks' first matrices in one, for inputs as they come, and what to add."""
+        scaled = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
+        return scaled.to(dtype), -(scaled @ self.center).to(dtype)
+
+    def outputs(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
+        """The networks' outputs side by side, the last one's in the scores' unit; nothing is differentiated.
+
+        By block, [n, outputs], with pooling, else by token.
+        """
+        stacked = self._stack(x_ND.dtype)
+        low = torch.relu(F.linear(x_ND, stacked.first, stacked.bias))
+        if self.pooled:
+            mean, largest = blocks.pool(low)
+            low = torch.cat([mean, largest, blocks.places(x_ND.device, mean.dtype)], 1)
+        return torch.relu(torch.relu(low @ stacked.second) @ stacked.third)
+
+    @torch.no_grad()
+    def _stack(self, dtype: torch.dtype) -> _Stacked:
+        """Made once when the networks are frozen."""
+        networks = list(self.by_name.values())
+        trains = any(p.requires_grad for p in self.parameters())
+        held = None if trains else self._stacked
+        if held is not None and held.first.dtype == dtype and held.first.device == self.center.device:
             return held
-        scaled = torch.cat(matrices) / self.spread
-        folded = scaled.to(dtype), -(scaled @ self.center).to(dtype)
-        self._folded = None if trains else folded
-        return folded
+        seconds = [network.matrices[1] for network in networks]
+        widths = [network.widths[0] for network in networks]
+        if self.pooled:
+            parts = [second.split([r, r, PLACES], 1) for second, r in zip(seconds, widths, strict=True)]
+            means, maxima, places = zip(*parts, strict=True)
+            second = torch.cat([torch.block_diag(*means), torch.block_diag(*maxima), torch.cat(places)], 1)
+        else:
+            second = torch.block_diag(*seconds)
+        thirds = [network.matrices[2] for network in networks]
+        third = torch.block_diag(*thirds[:-1], thirds[-1] * self.scale)
+        later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
+        stacked = _Stacked(*self._first_layers(dtype), second.T.to(later), third.T.to(later))
+        self._stacked = None if trains else stacked
+        return stacked
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the networks' second layers see blocks, or tokens."""
+        return all(network.pooled for network in self.by_name.values())
 
     def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
         """What is trained, from `activations`, in units of `scale`: pair scores [n, n], or activities of tokens [N]."""
@@ -217,12 +267,11 @@ class AttentionPredictor(Predictor):
         return self.estimates(self.activations(x_ND, blocks)) * self.scale
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-        found = self.activations(x_ND, blocks)
-        query, key = found["query"][-1], found["key"][-1]
+        query, key = self.outputs(x_ND, blocks).chunk(2, 1)
         if not causal:
             later = query.flip(0).cumsum(0).flip(0)
-            return (later * key).sum(-1) * self.scale / blocks.count
-        return causal_view((query * key.cumsum(0)).sum(-1) * self.scale)
+            return torch.linalg.vecdot(later, key) / blocks.count
+        return causal_view(torch.linalg.vecdot(query, key.cumsum(0)))
 
 
 class ActivityPredictor(Predictor):
@@ -240,8 +289,7 @@ class ActivityPredictor(Predictor):
         return found["activity"][-1][:, 0]
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-        tokens = self.estimates(self.activations(x_ND, blocks))
-        score = blocks.mean(tokens[:, None])[:, 0] * self.scale
+        score = blocks.mean(self.outputs(x_ND, blocks))[:, 0]
         return from_predecessor(score) if causal else score
 
 
