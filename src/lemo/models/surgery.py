@@ -32,7 +32,8 @@ _ATTRIBUTES = (RUNTIME, VIEW, INDEX, PACKS)
 def sparsify(model: Any, config: SparsityConfig) -> Any:
     """Makes a model leave blocks of tokens out while it trains.
 
-    Works in place on a transformers CausalLM, or on a PEFT model around one, before or after wrapping. In training
+    Works in place on a transformers CausalLM, or on a PEFT model around one, before or after wrapping (with bypasses
+    that train after it: PEFT freezes what it finds). In training
     mode a call with labels returns the segmented loss and no logits; in evaluation mode the model is unmodified.
 
     Args:
