@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Score = Literal["paper", "mass", "causal"]
 PerLayer = float | tuple[float, ...]
 
 
@@ -111,7 +112,7 @@ class SparsityConfig(Frozen):
     calibration: str | None = None
     dense_share: float | None = Field(default=None, ge=0.0, lt=1.0)
     train_bypass: bool | None = None
-    score: Literal["paper", "mass", "causal"] = "paper"
+    score: Score = "paper"
     tile_mib: float = Field(default=256.0, ge=0.0)
 
     @model_validator(mode="after")

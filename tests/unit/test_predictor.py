@@ -52,7 +52,7 @@ def test_stacked_networks_put_out_what_each_does(branch: str, dtype: torch.dtype
         torch.testing.assert_close(found, torch.cat(wanted, 1).to(found.dtype), **tolerance)
         assert (predictor._stacked is not None) == frozen
     # Other inputs' dtype: stacked anew.
-    torch.testing.assert_close(predictor.outputs(x.float(), blocks).float(), found.float(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(predictor.outputs(x.float(), blocks), found.float(), **tolerance)
 
 
 @pytest.mark.parametrize("branch", KINDS)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lemo.config import DataConfig, Frozen, ModelConfig, PredictorConfig, Share
+from lemo.config import DataConfig, Frozen, ModelConfig, PredictorConfig, Score, Share
 from lemo.config_io import flags, load
 
 
@@ -43,7 +43,7 @@ class CalibrationConfig(Frozen):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     block_size: int = Field(default=64, ge=1)
-    score: Literal["paper", "mass", "causal"] = "paper"
+    score: Score = "paper"
     branches: Literal["both", "attention", "mlp"] = "both"
     keep: Share = 0.75
     dense_share: float | None = Field(default=None, ge=0.0, lt=1.0)

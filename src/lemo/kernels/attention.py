@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.kernels.tiles import load_tile, store_tile
+from lemo.kernels.tiles import LOG2_E, load_tile, store_tile
 
 # Of one tile. Kept rows ascend, so 64 of them lie close together and the tile's bounds are tight.
 _ROWS, _KEYS = 64, 64
-_LOG2_E = 1.4426950408889634
 
 
 def attention_forward(
@@ -45,7 +44,7 @@ def attention_forward(
         with torch.cuda.device_of(q_HNd):
             _forward[(triton.cdiv(N, _ROWS), H)](
                 q_HNd, k_KMd, v_KMd, out, lse, lo_N, hi_N,
-                scale * _LOG2_E, N,
+                scale * LOG2_E, N,
                 *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), out.stride(1), out.stride(0),
                 **_constants(q_HNd, k_KMd),
             )  # fmt: skip
@@ -76,12 +75,12 @@ def attention_backward(
         if N:
             _backward_queries[(triton.cdiv(N, _ROWS), H)](
                 q_HNd, k_KMd, v_KMd, out_NHd, grad_NHd, lse_HN, delta, dq, lo_N, hi_N,
-                scale * _LOG2_E, scale, N, *strides, *dq.stride(),
+                scale * LOG2_E, scale, N, *strides, *dq.stride(),
                 **constants,
             )  # fmt: skip
         _backward_keys[(triton.cdiv(M, _KEYS), K)](
             q_HNd, k_KMd, v_KMd, grad_NHd, lse_HN, delta, dk, dv, lo_N, hi_N,
-            scale * _LOG2_E, scale, N, M, *strides, *dk.stride(),
+            scale * LOG2_E, scale, N, M, *strides, *dk.stride(),
             **constants,
         )  # fmt: skip
     return dq, dk, dv

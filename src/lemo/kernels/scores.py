@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.kernels.dispatch import SCORED_BYTES
-from lemo.kernels.tiles import load_tile
+from lemo.kernels.tiles import LOG2_E, load_tile
 
 SQUARE = 128
-LOG2_E = 1.4426950408889634
 
 
 def block_pair_scores(

@@ -6,6 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Kernels compute powers of 2: scores are multiplied by this first.
+LOG2_E = 1.4426950408889634
+
 
 @triton.jit
 def load_tile(P, rows, limit, stride_row, stride_d, D: tl.constexpr, BD: tl.constexpr):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lemo.config import BranchSelection, SparsityConfig
+from lemo.config import BranchSelection, Score, SparsityConfig
 from lemo.config_io import CALIBRATION_FACTS
 from lemo.selection.predictor import KINDS, Predictor
 from lemo.sparse.bypass import Bypass
@@ -87,7 +87,7 @@ class Facts(BaseModel):
     tokens: int
     judged_tokens: int
     block_size: int = Field(ge=1)
-    score: Literal["paper", "mass", "causal"]
+    score: Score
     dense_share: float
     average_keep: float
     loss_dense: float

@@ -56,8 +56,8 @@ def plan_from_blocks(kept: Tensor, layout: SequenceLayout, fidelity: float | Non
     offset = host.first_row_of_block.numpy()[blocks] - (ends - tokens)
     host_rows = torch.from_numpy(np.repeat(offset, tokens) + np.arange(total))
     # Kept blocks of the documents before each, then their tokens.
-    before = np.searchsorted(blocks, [*host.first_block.numpy(), len(host.block_tokens)])
-    cu_seqlens = tuple(int(value) for value in np.concatenate([[0], ends])[before])
+    before = np.searchsorted(blocks, np.append(host.first_block.numpy(), len(host.block_tokens)))
+    cu_seqlens = tuple(np.append(0, ends)[before].tolist())
     # Staged at once from pageable memory, so nothing waits.
     rows = host_rows.to(layout.block_tokens.device, non_blocking=True)
     return TokenPlan(rows, host_rows, cu_seqlens, keep=total / layout.real_tokens, fidelity=fidelity)
