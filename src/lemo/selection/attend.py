@@ -1,0 +1,269 @@
+"""Which key blocks each block of queries sees on the `attend` axis.
+
+A query block sees itself, the blocks before it that make up its local window, its document's first block, and distant
+blocks chosen for it; all causally, inside its document, and inside a sliding window where the layer has one. Each query
+block gets the same number of blocks before its own, so that the lists' lengths, and with them the density, are known
+before anything is computed and don't depend on how blocks are chosen: methods compare at equal work.
+
+`pooled`: the mean of a query block's queries against the mean of a key block's keys, softmax over all blocks that the
+query block may see, mean over the query heads that share a key head; each key head has its own lists. The softmax comes
+before the mean, so that a head that looks nearby has no say about distant blocks. Rejected: one list for all heads
+(heads look at different places, and lists by key head cost the kernel nothing); exact block scores (as much work as
+attention itself); a mean over heads of q·k (heads with large scores would decide alone).
+
+Blocks count from each document's first token. K key heads, H query heads, d head size; nq, nk blocks of one document.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lemo.config import QUERY_BLOCKS, Attend
+from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
+from lemo.types import SequenceLayout
+
+_SCORES_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class Choosers:
+    """The query blocks of one document that don't see everything before them.
+
+    Attributes:
+        first, end: the document's rows.
+        block: which query blocks, int64 [n].
+        lowest: the first key block that each may see, [n].
+        nearest: blocks of the window before a query block's own.
+        chosen: blocks that each sees before its window, the document's first included.
+    """
+
+    first: int
+    end: int
+    block: Integers
+    lowest: Integers
+    nearest: int
+    chosen: int
+
+
+@dataclass(frozen=True, eq=False)
+class AttendGrid:
+    """What is the same in all layers with the same sliding window.
+
+    Attributes:
+        grid: where blocks lie, and the lists' lengths.
+        choosers: of each document that has some.
+        attend: the configuration.
+        density: share of causal attention that is computed. Blocks at the edge of a sliding window count whole.
+    """
+
+    grid: BlockGrid
+    choosers: tuple[Choosers, ...]
+    attend: Attend
+    density: float
+
+    @functools.cached_property
+    def nearest_lists(self) -> BlockLists:
+        """Everything chosen as near as possible, a wider window; the same for all heads."""
+
+        def position(choosers: Choosers, part: slice, blocks: int) -> Tensor:
+            score = torch.arange(blocks, dtype=torch.float32, device=self.grid.device)
+            return score.expand(1, len(choosers.block[part]), blocks)
+
+        return _lists(self, 1, position)
+
+
+def build_grid(
+    layout: SequenceLayout, attend: Attend, heads: int, window: int | None, labelled: Tensor | None = None
+) -> AttendGrid:
+    """Where blocks lie in a batch and how many each query block sees.
+
+    Args:
+        layout: documents.
+        attend: what is asked for.
+        heads: K.
+        window: the layer's sliding window in tokens, or None.
+        labelled: bool [B·T] on the CPU, rows whose query blocks see everything; None for none.
+    """
+    size, per_query = attend.block, QUERY_BLOCKS
+    wide = size * per_query
+    longest = max(end - first for first, end in layout.documents)
+    window = None if window is None or window >= longest else window
+    heads = 1 if attend.choice == "none" else heads
+    parts: list[dict[str, Integers]] = []
+    choosers: list[Choosers] = []
+    stored = keys_before = queries_before = 0
+    computed = causal = 0.0
+    for first, end in layout.documents:
+        key_first = np.arange(first, end, size)
+        query_first = np.arange(first, end, wide)
+        query_end = np.minimum(query_first + wide, end)
+        nk, block = len(key_first), np.arange(len(query_first))
+        lowest = np.zeros_like(block) if window is None else np.maximum(block * wide - window + 1, 0) // size
+        before = block * per_query - lowest
+        own = np.minimum((block + 1) * per_query, nk) - block * per_query
+        rows = query_end - query_first
+        own_pairs = float((rows * (rows + 1) // 2).sum())
+        most, nearest = _budget(attend, before, rows * size, own_pairs)
+        everything = before <= most
+        if labelled is not None:
+            marked = np.add.reduceat(labelled[first:end].numpy().astype(np.int64), block * wide) > 0
+            everything |= marked
+        seen = np.where(everything, before, most)
+        computed += float((rows * size * seen).sum()) + own_pairs
+        causal += float((rows * size * before).sum()) + own_pairs
+        choosing = block[~everything]
+        # Lists that hold everything are a stretch of the list of all key blocks, which follows the stored ones.
+        start = np.broadcast_to(keys_before + lowest, (heads, len(block))).copy()
+        length = most + per_query
+        place = np.arange(heads * len(choosing)).reshape(heads, -1) * length + stored
+        is_stored = np.zeros(start.shape, dtype=bool)
+        is_stored[:, choosing] = True
+        start[:, choosing] = place
+        stored += heads * len(choosing) * length
+        if len(choosing):
+            choosers.append(Choosers(first, end, choosing, lowest[choosing], nearest, most - nearest))
+        parts.append(
+            {
+                "query_first": query_first,
+                "query_end": query_end,
+                "key_first": key_first,
+                "key_end": np.minimum(key_first + size, end),
+                "query_of_key": queries_before + np.arange(nk) // per_query,
+                "count": seen + own,
+                "tail": own,
+                "start": start,
+                "is_stored": is_stored,
+            }
+        )
+        keys_before, queries_before = keys_before + nk, queries_before + len(block)
+    joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+    joined["start"] += np.where(joined.pop("is_stored"), 0, stored)
+    grid = BlockGrid(rows=layout.rows, key_block=size, window=window, device=layout.block_of_row.device, **joined)
+    return AttendGrid(grid, tuple(choosers), attend, computed / causal)
+
+
+def _budget(attend: Attend, before: Integers, pairs: Integers, own_pairs: float) -> tuple[int, int]:
+    """Blocks before its own that each query block sees, and how many of them are its window.
+
+    As many as the density allows, but never fewer than the window and the document's first block.
+
+    Args:
+        attend: what is asked for.
+        before: blocks before each query block, [nq].
+        pairs: of queries and keys in one block before each, [nq].
+        own_pairs: inside the query blocks themselves.
+    """
+    asked = None if attend.window is None else -(-attend.window // attend.block)
+    least = 2 if asked is None else asked + 1
+    most = least
+    if attend.density is not None:
+        # What each further block costs: a pair for every query block that has one.
+        by_depth = np.bincount(before, weights=pairs, minlength=1)
+        cost = by_depth[::-1].cumsum()[::-1][1:].cumsum()
+        allowed = attend.density * (own_pairs + float((before * pairs).sum())) - own_pairs
+        most = max(least, int(np.searchsorted(cost, allowed * (1 + 1e-12), side="right")))
+    if attend.choice == "none":
+        return most, most - 1
+    return most, most // 2 if asked is None else asked
+
+
+def choose_blocks(
+    attend: AttendGrid, q_HNd: Tensor, k_KMd: Tensor, scale: float, draw: Callable[[], int] | None = None
+) -> BlockLists:
+    """One layer's lists.
+
+    Args:
+        attend: where blocks lie.
+        q_HNd, k_KMd: positioned queries and keys of all rows.
+        scale: factor on q·k.
+        draw: gives the seed of a random choice.
+    """
+    choice = attend.attend.choice
+    if choice == "none" or not attend.choosers:
+        return attend.nearest_lists
+    K, device = k_KMd.shape[0], q_HNd.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if choice == "random":
+            assert draw is not None, "a random choice needs a seed"
+            generator = torch.Generator(device).manual_seed(draw())
+
+            def drawn(choosers: Choosers, part: slice, blocks: int) -> Tensor:
+                return torch.rand(K, len(choosers.block[part]), blocks, generator=generator, device=device)
+
+            return _lists(attend, K, drawn)
+        pools: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def pooled(choosers: Choosers, part: slice, blocks: int) -> Tensor:
+            rows = slice(choosers.first, choosers.end)
+            if choosers.first not in pools:
+                size = attend.attend.block
+                pools.clear()
+                pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
+            return _pooled_mass(*pools[choosers.first], choosers, part, scale)
+
+        return _lists(attend, K, pooled)
+
+
+def pool(x_HTd: Tensor, size: int) -> Tensor:
+    """Means over blocks of one document, fp32 or wider, [H, blocks, d]; the last block may be short."""
+    wide = torch.promote_types(x_HTd.dtype, torch.float32)
+    whole = x_HTd.shape[1] // size * size
+    mean = x_HTd[:, :whole].unflatten(1, (-1, size)).mean(2, dtype=wide) if whole else None
+    if whole == x_HTd.shape[1]:
+        assert mean is not None, "a document has tokens"
+        return mean
+    rest = x_HTd[:, whole:].mean(1, keepdim=True, dtype=wide)
+    return rest if mean is None else torch.cat([mean, rest], 1)
+
+
+def _pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, choosers: Choosers, part: slice, scale: float) -> Tensor:
+    """Estimated softmax mass that query blocks give to key blocks, mean over the heads of a group, [K, n, nk]."""
+    K, nk, _ = k_Kkd.shape
+    block, lowest = (on_device(x[part], torch.int64, q_Hqd.device) for x in (choosers.block, choosers.lowest))
+    keys = torch.arange(nk, device=q_Hqd.device)
+    unseen = (keys < lowest[:, None]) | (keys >= (block[:, None] + 1) * QUERY_BLOCKS)
+    logits = q_Hqd[:, block].unflatten(0, (K, -1)) @ k_Kkd[:, None].transpose(-1, -2) * scale
+    return logits.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)
+
+
+def _lists(attend: AttendGrid, heads: int, score: Callable[[Choosers, slice, int], Tensor]) -> BlockLists:
+    """Lists of the blocks with the highest scores.
+
+    Args:
+        attend: where blocks lie.
+        heads: key heads, or 1.
+        score: (choosers, part of them, nk) -> [heads, n, nk]; for `pooled`, with H of them in between.
+    """
+    size, grid = attend.attend.block, attend.grid
+    stored = []
+    for choosers in attend.choosers:
+        nk = -(-(choosers.end - choosers.first) // size)
+        n = len(choosers.block)
+        step = max(1, _SCORES_AT_ONCE // (nk * heads * 8))
+        found = torch.cat(
+            [_highest(score(choosers, part, nk), choosers, part) for part in _parts(n, step)], 1
+        )  # [heads, n, chosen]
+        block = on_device(choosers.block, torch.int64, grid.device)
+        window = torch.arange(-choosers.nearest, QUERY_BLOCKS, device=grid.device)
+        near = (block[:, None] * QUERY_BLOCKS + window).expand(heads, n, -1)
+        stored.append((choosers.first + size * torch.cat([found, near], 2)).int().flatten())
+    return BlockLists(grid, torch.cat([*stored, grid.here.key_first]))
+
+
+def _parts(total: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _highest(score: Tensor, choosers: Choosers, part: slice) -> Tensor:
+    """The chosen key blocks, ascending, int64 [heads, n, chosen]: the first where it may be seen, then the highest."""
+    block, lowest = (on_device(x[part], torch.int64, score.device) for x in (choosers.block, choosers.lowest))
+    keys = torch.arange(score.shape[-1], device=score.device)
+    distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)
+    score = score.masked_fill(~distant, float("-inf")).masked_fill(distant & (keys == 0), float("inf"))
+    return score.topk(choosers.chosen, sorted=False).indices.sort().values
