@@ -1,4 +1,4 @@
-"""Block-sparse attention against its twin in fp64: values, every gradient, all rows and some, nothing left unwritten."""
+"""Block-sparse attention against its twin in fp64: values, every gradient, all rows and some, no memory unwritten."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_repeat_bit_by_bit() -> None:
-    layout, lists = lists_of("packed", CHOICES["random"], 2, None)
+    _, lists = lists_of("packed", CHOICES["random"], 2, None)
     queries = kernels.Queries(lists, None)
     q, k, v, grad = draw(((6, 330, 16), (2, 330, 16), (2, 330, 16), (6, 330, 16)), torch.float32)
     runs = []
@@ -158,7 +158,7 @@ def test_results_repeat_bit_by_bit() -> None:
 
 def test_lists_are_obeyed() -> None:
     """Keys outside a query's lists change nothing, keys inside do: the masks above aren't everything."""
-    layout, lists = lists_of("one", CHOICES["random"], 2, None)
+    _, lists = lists_of("one", CHOICES["random"], 2, None)
     seen = lists.seen(torch.arange(330, device=DEVICE), 0, 330)
     causal = torch.ones(330, 330, device=DEVICE, dtype=torch.bool).tril()
     assert (seen <= causal).all()

@@ -32,7 +32,7 @@ def block_sparse_attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, seen_KNM
         seen_KNM: bool, for each key head or, [1, N, M], for all.
         scale: factor on q·k.
     """
-    H, N, _ = q_HNd.shape
+    H = q_HNd.shape[0]
     groups = H // k_KMd.shape[0]
     k_HMd, v_HMd = k_KMd.repeat_interleave(groups, 0), v_KMd.repeat_interleave(groups, 0)
     seen_HNM = seen_KNM.repeat_interleave(H // seen_KNM.shape[0], 0)

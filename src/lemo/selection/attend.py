@@ -59,13 +59,35 @@ class AttendGrid:
         grid: where blocks lie, and the lists' lengths.
         choosers: of each document that has some.
         attend: the configuration.
-        density: share of causal attention that is computed. Blocks at the edge of a sliding window count whole.
+        causal_pairs: of queries and keys, in all documents; blocks at the edge of a sliding window count whole.
     """
 
     grid: BlockGrid
     choosers: tuple[Choosers, ...]
     attend: Attend
-    density: float
+    causal_pairs: float
+
+    @functools.cached_property
+    def density(self) -> float:
+        """Share of causal attention that is computed."""
+        return self.pairs(None) / self.causal_pairs
+
+    def pairs(self, host_rows: Tensor | None) -> float:
+        """Pairs of queries and keys that are computed, counted as `causal_pairs` are.
+
+        Args:
+            host_rows: the queries' rows, ascending, on the CPU; None for all that lie in documents.
+        """
+        grid = self.grid
+        first, end = grid.query_first, grid.query_end
+        if host_rows is None:
+            queries = end - first
+            own = float((queries * (queries + 1) // 2).sum())
+        else:
+            rows = host_rows.numpy()
+            queries = np.searchsorted(rows, end) - np.searchsorted(rows, first)
+            own = float((rows - np.repeat(first, queries) + 1).sum())
+        return own + float((queries * (grid.count - grid.tail)).sum()) * grid.key_block
 
     @functools.cached_property
     def nearest_lists(self) -> BlockLists:
@@ -98,7 +120,7 @@ def build_grid(
     parts: list[dict[str, Integers]] = []
     choosers: list[Choosers] = []
     stored = keys_before = queries_before = 0
-    computed = causal = 0.0
+    causal = 0.0
     for first, end in layout.documents:
         key_first = np.arange(first, end, size)
         query_first = np.arange(first, end, wide)
@@ -115,7 +137,6 @@ def build_grid(
             marked = np.add.reduceat(labelled[first:end].numpy().astype(np.int64), block * wide) > 0
             everything |= marked
         seen = np.where(everything, before, most)
-        computed += float((rows * size * seen).sum()) + own_pairs
         causal += float((rows * size * before).sum()) + own_pairs
         choosing = block[~everything]
         # Lists that hold everything are a stretch of the list of all key blocks, which follows the stored ones.
@@ -145,7 +166,7 @@ def build_grid(
     joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     joined["start"] += np.where(joined.pop("is_stored"), 0, stored)
     grid = BlockGrid(rows=layout.rows, key_block=size, window=window, device=layout.block_of_row.device, **joined)
-    return AttendGrid(grid, tuple(choosers), attend, computed / causal)
+    return AttendGrid(grid, tuple(choosers), attend, causal)
 
 
 def _budget(attend: Attend, before: Integers, pairs: Integers, own_pairs: float) -> tuple[int, int]:
