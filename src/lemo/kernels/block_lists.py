@@ -179,8 +179,8 @@ def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, group: int, lanes: int)
     place = np.arange(len(block)) - np.repeat(per_block.cumsum() - per_block, per_block)
     first = begin[block] * group + place * lanes
     end = np.minimum(first + lanes, stop[block] * group)
-    tiles = (on_device(x, torch.int32, grid.device) for x in (block, first, end))
-    return RowTiles(lanes, per_block, *tiles, position=position)
+    block_, first_, end_ = (on_device(x, torch.int32, grid.device) for x in (block, first, end))
+    return RowTiles(lanes, per_block, block_, first_, end_, position)
 
 
 @dataclass(frozen=True, eq=False)

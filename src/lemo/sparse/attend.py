@@ -95,7 +95,7 @@ class _PlainListAttention(torch.autograd.Function):
         out_NHd = q_HNd.new_zeros(q_HNd.shape[1], q_HNd.shape[0], v_KMd.shape[2])
         for chunk in ctx.chunks:
             k, v = k_KMd[:, chunk.keys], v_KMd[:, chunk.keys]
-            out_NHd[chunk.queries] = _attend(q_HNd[:, chunk.queries], k, v, chunk, scale)
+            out_NHd[chunk.queries] = _attend_chunk(q_HNd[:, chunk.queries], k, v, chunk, scale)
         return out_NHd
 
     @staticmethod
@@ -108,7 +108,7 @@ class _PlainListAttention(torch.autograd.Function):
             parts = (chunk.queries, chunk.keys, chunk.keys)
             leaves = [x[:, part].detach().requires_grad_() for x, part in zip(inputs, parts, strict=True)]
             with torch.enable_grad():
-                out = _attend(*leaves, chunk, ctx.scale)
+                out = _attend_chunk(leaves[0], leaves[1], leaves[2], chunk, ctx.scale)
             found = torch.autograd.grad(out, leaves, grad_NHd[chunk.queries])
             for total, part, grad in zip(sums, parts, found, strict=True):
                 total[:, part] += grad
@@ -135,7 +135,7 @@ def _chunks(lists: BlockLists, layout: SequenceLayout, host_rows: Tensor | None,
             yield _Chunk(lists, rows[queries], queries, slice(first, int(rows[queries.stop - 1]) + 1))
 
 
-def _attend(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, chunk: _Chunk, scale: float) -> Tensor:
+def _attend_chunk(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, chunk: _Chunk, scale: float) -> Tensor:
     """The chunk's output, [n, H, d]."""
     seen = chunk.lists.seen(chunk.rows.to(q_HNd.device), chunk.keys.start, chunk.keys.stop)
     return reference.block_sparse_attention(q_HNd, k_KMd, v_KMd, seen, scale)
