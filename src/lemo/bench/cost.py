@@ -8,23 +8,37 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | LoRA | 2: forward, gradient | 3.5: forward 1, backward 2.5 |
 | with gradient checkpointing | 3 | 4.5 |
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
+| `attend` | 3 | 4.5 r |
+| `backward+attend` | as `backward` | r + 3.5 s |
 
-s is the kept queries' share of the causal work. A multiplication and an addition are two operations.
+s is the kept queries' share of the causal work, r the density of what queries see; with `attend`, s counts what kept
+queries see. A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from lemo.bench.shapes import SHAPES
+from lemo.kernels.block_lists import BlockLists
+from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
 
 TERA = 1e12
 
 
-def step_flop(shape: str, layers: int, T: int, labels: int, method: str, keep: float = 1.0, work: float = 1.0) -> float:
+def step_flop(
+    shape: str,
+    layers: int,
+    T: int,
+    labels: int,
+    method: str,
+    keep: float = 1.0,
+    work: float = 1.0,
+    density: float = 1.0,
+) -> float:
     """Operations of one step of one sequence.
 
     Args:
@@ -34,22 +48,25 @@ def step_flop(shape: str, layers: int, T: int, labels: int, method: str, keep: f
         labels: labelled tokens; the loss's products run over these alone.
         method: as in the records; Liger's loss runs over all tokens.
         keep: `lemo-backward`: share of tokens kept.
-        work: `lemo-backward`: s, see `causal_work`.
+        work: `lemo-backward`: s, see `causal_work` and `attended_work`.
+        density: r.
     """
-    if method == "lemo-backward":
-        return sum(part_flop(shape, layers, T, labels, keep, work).values())
+    if method.startswith("lemo-backward"):
+        return sum(part_flop(shape, layers, T, labels, keep, work, density).values())
     unit = _Units(shape, T)
     linear, attention = (2, 3.5) if method == "lora" else (3, 4.5)
     head = unit.head(T if "liger" in method else labels)
-    return layers * (linear * unit.linear + attention * unit.attention) + head
+    return layers * (linear * unit.linear + attention * density * unit.attention) + head
 
 
-def part_flop(shape: str, layers: int, T: int, labels: int, keep: float, work: float) -> dict[str, float]:
+def part_flop(
+    shape: str, layers: int, T: int, labels: int, keep: float, work: float, density: float = 1.0
+) -> dict[str, float]:
     """Operations of `lemo-backward`'s step by part and kind, as `lemo.bench.parts` names them; arguments as above."""
     unit = _Units(shape, T)
     kept = keep * (unit.linear - unit.key_value)
     a_layer = {
-        "forward attention": unit.attention,
+        "forward attention": density * unit.attention,
         "forward linears": unit.linear,
         "keys and values linears": unit.key_value,
         "recompute attention": work * unit.attention,
@@ -83,6 +100,17 @@ def causal_work(plans: Iterable[TokenPlan], T: int) -> float:
     """The kept queries' share of one sequence's causal attention work, mean over plans; 1 without plans."""
     shares = [float((plan.host_rows.double() + 1).sum()) / (T * (T + 1) / 2) for plan in plans]
     return sum(shares) / len(shares) if shares else 1.0
+
+
+def attended_work(
+    plans: Mapping[tuple[int, str], TokenPlan], lists: Mapping[int, tuple[AttendGrid, BlockLists]]
+) -> float:
+    """What kept queries see, as a share of all causal attention, mean over layers; without plans all are kept."""
+    shares = []
+    for layer, (grid, _) in lists.items():
+        plan = plans.get((layer, "attention"))
+        shares.append(grid.pairs(None if plan is None else plan.host_rows) / grid.causal_pairs)
+    return sum(shares) / len(shares)
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype) -> float | None:

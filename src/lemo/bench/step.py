@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lemo.bench import records
-from lemo.bench.cost import TERA, causal_work, matmul_ceiling, part_flop, step_flop
+from lemo.bench.cost import TERA, attended_work, causal_work, matmul_ceiling, part_flop, step_flop
 from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.parts import time_parts
 from lemo.bench.placements import read_placements
@@ -56,11 +56,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of one row; seconds, GiB, milliseconds. `work`: kept queries' share of the causal attention work."""
+    """Steps of one row; seconds, GiB, milliseconds. `density`: of the forward's causal attention, None where queries
+    see everything. `work`: what kept queries attend to, as a share of all causal attention."""
 
     step_s: tuple[float, ...]
     keep: float
     fidelity: float | None
+    density: float | None
     work: float
     peak_gib: float
     peak_reserved_gib: float | None
@@ -172,7 +174,7 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    batch = sequence(place.T, model.config.vocab_size, config.labels, device)
+    batch = sequence(place.T, model.config.vocab_size, config.labelled(place.T), device)
     tracker = PeakTracker(device)
     seconds = []
 
@@ -197,7 +199,10 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
         tuple(seconds),
         stats.keep_mean,
         stats.fidelity_mean,
-        causal_work(runtime.last_plans.values(), place.T),
+        stats.density,
+        attended_work(runtime.last_plans, runtime.last_lists)
+        if runtime.last_lists
+        else causal_work(runtime.last_plans.values(), place.T),
         peak.peak_gib,
         peak.peak_reserved_gib,
         # A CPU's peak is that of the whole process, from which nothing can be taken.
@@ -259,13 +264,13 @@ def record(
 
     `details`: `layers` it has and `full_depth`; `weights_gib`; `out_of_memory`; `tflop` of the step by
     `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products; with `parts`, `parts_ms` of one step,
-    and of `lemo-backward` `parts_tflop`.
+    and of `lemo-backward`, alone or with `attend`, `parts_tflop`.
     """
     row = Record(
         bench="step",
         method=method.method,
         shape=place.shape,
-        task="sft",
+        task="lm" if config.labels == "all" else "sft",
         T=place.T,
         batch=1,
         setting=method.setting,
@@ -287,14 +292,16 @@ def record(
         row.step_ms = statistics.median(milliseconds)
         row.step_ms_min, row.step_ms_max = min(milliseconds), max(milliseconds)
         row.tokens_per_s = 1000 * place.T / row.step_ms
-        row.keep, row.fidelity = measured.keep, measured.fidelity
-        cost = step_flop(place.shape, place.layers, place.T, config.labels, method.method, measured.keep, measured.work)
+        row.keep, row.fidelity, row.density = measured.keep, measured.fidelity, measured.density
+        size = (place.shape, place.layers, place.T, config.labelled(place.T))
+        density = 1.0 if measured.density is None else measured.density
+        cost = step_flop(*size, method.method, measured.keep, measured.work, density)
         row.details["tflop"] = cost / TERA
         row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
         if measured.parts_ms is not None:
             row.details["parts_ms"] = measured.parts_ms
-        if measured.parts_ms is not None and method.method == "lemo-backward":
-            flop = part_flop(place.shape, place.layers, place.T, config.labels, measured.keep, measured.work)
+        if measured.parts_ms is not None and method.method.startswith("lemo-backward"):
+            flop = part_flop(*size, measured.keep, measured.work, density)
             row.details["parts_tflop"] = {name: value / TERA for name, value in flop.items()}
     return row
 

@@ -18,6 +18,7 @@ from lemo.kernels.block_lists import BlockLists
 from lemo.models.documents import stands_in
 from lemo.selection.attend import AttendGrid, choose_blocks
 from lemo.sparse.attend import attend_lists
+from lemo.sparse.parts import part
 
 if TYPE_CHECKING:
     from lemo.models.runtime import BatchState
@@ -46,8 +47,9 @@ class AttendCall:
     def lists_for(self, q_HNd: Tensor, k_KMd: Tensor, scale: float) -> BlockLists:
         """The lists, chosen by these queries and keys of all rows if this is the first run."""
         if self.lists is None:
-            self.grid = self.state.attend_grid(k_KMd.shape[0], self.window)
-            self.lists = choose_blocks(self.grid, q_HNd, k_KMd, scale, self.draw)
+            with part("selection"):
+                self.grid = self.state.attend_grid(k_KMd.shape[0], self.window)
+                self.lists = choose_blocks(self.grid, q_HNd, k_KMd, scale, self.draw)
         return self.lists
 
     def attend(self, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, scale: float, host_rows: Tensor | None) -> Tensor:
