@@ -29,9 +29,9 @@ class BlockGrid:
     """Where blocks lie, and the lists' lengths.
 
     Attributes:
-        rows: B·T, those of padding included.
+        rows: M, those of padding included.
         key_block: tokens of a key block (a document's last may have fewer).
-        window: sliding window in tokens that holds beside the lists, None where it cuts nothing.
+        lowest: the first key that each row may see, beside what the lists say, [M]; None where a list says it all.
         query_first, query_end: rows of each query block, [nq].
         key_first, key_end: rows of each key block, [nk].
         query_of_key: the query block in which each key block lies, [nk].
@@ -43,7 +43,7 @@ class BlockGrid:
 
     rows: int
     key_block: int
-    window: int | None
+    lowest: Integers | None
     query_first: Integers
     query_end: Integers
     key_first: Integers
@@ -59,7 +59,7 @@ class BlockGrid:
         """What the kernels read, on the device; staged from pageable memory, so nothing waits."""
         return GridTensors(
             count=on_device(self.count, torch.int32, self.device),
-            tail=on_device(self.count if self.window is not None else self.tail, torch.int32, self.device),
+            tail=on_device(self.tail if self.lowest is None else self.count, torch.int32, self.device),
             start=on_device(self.start, torch.int64, self.device),
             key_first=on_device(self.key_first, torch.int32, self.device),
             key_end=on_device(self.key_end, torch.int32, self.device),
@@ -128,7 +128,9 @@ class BlockLists:
         keys = torch.arange(first, end, device=device)
         key_block = _block_of(keys, grid.key_first, grid.key_end)
         seen = hits[..., torch.where(key_block < 0, nk, key_block)] & (keys <= rows[:, None])
-        return seen if grid.window is None else seen & (keys > rows[:, None] - grid.window)
+        if grid.lowest is None:
+            return seen
+        return seen & (keys >= on_device(grid.lowest, torch.int64, device)[rows, None])
 
 
 def _block_of(rows: Tensor, first: Integers, end: Integers) -> Tensor:
@@ -148,6 +150,7 @@ class RowTiles:
         block: query block of each tile, int32 [tiles].
         first, end: lanes of each tile, int32 [tiles].
         position: each query's row, int32 [N].
+        lowest: the first key that each may see, int32 [N]; None where nothing cuts.
     """
 
     lanes: int
@@ -156,6 +159,7 @@ class RowTiles:
     first: Tensor
     end: Tensor
     position: Tensor
+    lowest: Tensor | None
 
 
 def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, group: int, lanes: int) -> RowTiles:
@@ -168,19 +172,24 @@ def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, group: int, lanes: int)
         lanes: most lanes of a tile.
     """
     if host_rows is None:
-        begin, stop = grid.query_first, grid.query_end
-        position = torch.arange(grid.rows, dtype=torch.int32, device=grid.device)
+        rows, begin, stop = np.arange(grid.rows), grid.query_first, grid.query_end
     else:
         rows = host_rows.numpy()
         begin, stop = np.searchsorted(rows, grid.query_first), np.searchsorted(rows, grid.query_end)
-        position = on_device(rows, torch.int32, grid.device)
     per_block = -(-(stop - begin) * group // lanes)
     block = np.repeat(np.arange(len(per_block)), per_block)
     place = np.arange(len(block)) - np.repeat(per_block.cumsum() - per_block, per_block)
     first = begin[block] * group + place * lanes
     end = np.minimum(first + lanes, stop[block] * group)
-    block_, first_, end_ = (on_device(x, torch.int32, grid.device) for x in (block, first, end))
-    return RowTiles(lanes, per_block, block_, first_, end_, position)
+    return RowTiles(
+        lanes=lanes,
+        per_block=per_block,
+        block=on_device(block, torch.int32, grid.device),
+        first=on_device(first, torch.int32, grid.device),
+        end=on_device(end, torch.int32, grid.device),
+        position=on_device(rows, torch.int32, grid.device),
+        lowest=None if grid.lowest is None else on_device(grid.lowest[rows], torch.int32, grid.device),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +199,7 @@ class KeyTiles:
     Attributes:
         tiles: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
         start: int64 [K or 1, nk + 1].
-        head: how many of them, the first, need a mask, int32 [nk]; all where a window cuts.
+        head: how many of them, the first, need a mask, int32 [nk]; all where `BlockGrid.lowest` cuts.
         order: key blocks, those with most tiles first, int32 [K or 1, nk].
     """
 
@@ -230,7 +239,7 @@ def turn_round(lists: BlockLists, tiles: RowTiles) -> KeyTiles:
     return KeyTiles(
         tiles=found.int(),
         start=start,
-        head=own if grid.window is None else torch.full_like(own, 2**31 - 1),
+        head=own if grid.lowest is None else torch.full_like(own, 2**31 - 1),
         order=length.argsort(dim=1, descending=True, stable=True).int(),
     )
 

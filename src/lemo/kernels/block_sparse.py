@@ -2,9 +2,9 @@
 
 A program takes a tile of lanes (`lemo.kernels.block_lists`): the queries of one block, all rows or the kept ones, with
 the query heads that share a key head folded in, so that a tile of keys is read once for all of them. It goes through
-the block's list; only the last entries, those inside the query block itself, need a mask (with a sliding window all
-do). Gradients of keys and values: a program takes a key block and goes through the tiles that see it, those that most
-see first; sums have one order, so results repeat bit by bit.
+the block's list; only the last entries, those inside the query block itself, need a mask (where a sliding window cuts,
+all do). Gradients of keys and values: a program takes a key block and goes through the tiles that see it, those that
+most see first; sums have one order, so results repeat bit by bit.
 
 N queries, M keys, H query heads, K key/value heads, G = H/K, d head size. FlashAttention-2's algorithm, as in
 `lemo.kernels.attention`; logarithms of softmax denominators are to base 2.
@@ -45,7 +45,7 @@ class Queries:
 
     Attributes:
         lists: what they see.
-        host_rows: their rows, int64 [N], ascending, on the CPU; None for all B·T rows.
+        host_rows: their rows, int64 [N], ascending, on the CPU; None for all M rows.
     """
 
     lists: BlockLists
@@ -66,7 +66,7 @@ def block_sparse_forward(
     """Softmax attention of each query over the keys of its block's list up to itself.
 
     Args:
-        q_HNd, k_KMd, v_KMd: one dtype, any strides; d at most 256; M = B·T.
+        q_HNd, k_KMd, v_KMd: one dtype, any strides; d at most 256.
         queries: their rows and lists; key blocks of 16 to 128 tokens, a power of two.
         scale: factor on q·k.
 
@@ -133,7 +133,8 @@ def block_sparse_backward(
 
 
 def _of_tiles(tiles: RowTiles) -> tuple[Tensor, ...]:
-    return tiles.position, tiles.block, tiles.first, tiles.end
+    lowest = tiles.position if tiles.lowest is None else tiles.lowest
+    return tiles.position, lowest, tiles.block, tiles.first, tiles.end
 
 
 def _of_lists(lists: BlockLists) -> tuple[Tensor | int, ...]:
@@ -148,15 +149,13 @@ def _head_stride(table: Tensor) -> int:
 
 def _constants(q_HNd: Tensor, k_KMd: Tensor, lists: BlockLists, tiles: RowTiles, launch: Launch) -> dict[str, object]:
     d = q_HNd.shape[-1]
-    window = lists.grid.window
     return {
-        # A number, not a constant: it may change with every batch.
-        "window": lists.grid.rows if window is None else window,
         "GROUP": q_HNd.shape[0] // k_KMd.shape[0],
         "D": d,
         "BD": max(16, triton.next_power_of_2(d)),
         "BM": tiles.lanes,
         "BN": lists.grid.key_block,
+        "CUT": tiles.lowest is not None,
         # Tensor cores round fp32 to 10 bits of mantissa; fp32 is for those who want it exact.
         "PRECISION": "ieee" if q_HNd.dtype == torch.float32 else "tf32",
         "num_warps": launch.warps,
@@ -189,23 +188,27 @@ def _store_lanes(P, x, where, live, stride_d, D: tl.constexpr, BD: tl.constexpr)
 
 
 @triton.jit
-def _sees(position, keys, window):
+def _sees(position, LOWEST, n, live, keys, CUT: tl.constexpr):
     """Lanes by keys."""
-    return (keys[None, :] <= position[:, None]) & (keys[None, :] > position[:, None] - window)
+    sees = keys[None, :] <= position[:, None]
+    if CUT:
+        sees = sees & (keys[None, :] >= tl.load(LOWEST + n, mask=live, other=0)[:, None])
+    return sees
 
 
 @triton.jit
 def _attend_entries(
-    q, Kh, Vh, position, window, ENTRIES, start, stop, M, scale_log2, m, l, acc,
+    q, Kh, Vh, position, LOWEST, n, live, ENTRIES, start, stop, M, scale_log2, m, l, acc,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     for entry in range(start, stop):
         keys = tl.load(ENTRIES + entry) + tl.arange(0, BN)
         k = load_tile(Kh, keys, M, skm, skd, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if MASKED:
-            s = tl.where(_sees(position, keys, window), s, float("-inf"))
+            s = tl.where(_sees(position, LOWEST, n, live, keys, CUT), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen no key yet has no maximum.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -220,12 +223,11 @@ def _attend_entries(
 
 @triton.jit
 def _forward(
-    Q, K, V, O, LSE, POSITION, BLOCK, FIRST, END, ENTRIES, START, start_h, COUNT, TAIL,
+    Q, K, V, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END, ENTRIES, START, start_h, COUNT, TAIL,
     scale_log2, N, M,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son,
-    window,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     # The last blocks see most: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -242,12 +244,12 @@ def _forward(
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     m, l, acc = _attend_entries(
-        q, Kh, Vh, position, window, ENTRIES, begin, edge, M, scale_log2, m, l, acc, skm, skd, svm, svd,
-        D, BD, BN, PRECISION, False,
+        q, Kh, Vh, position, LOWEST, n, live, ENTRIES, begin, edge, M, scale_log2, m, l, acc, skm, skd, svm, svd,
+        D, BD, BN, PRECISION, False, CUT,
     )  # fmt: skip
     m, l, acc = _attend_entries(
-        q, Kh, Vh, position, window, ENTRIES, edge, end, M, scale_log2, m, l, acc, skm, skd, svm, svd,
-        D, BD, BN, PRECISION, True,
+        q, Kh, Vh, position, LOWEST, n, live, ENTRIES, edge, end, M, scale_log2, m, l, acc, skm, skd, svm, svd,
+        D, BD, BN, PRECISION, True, CUT,
     )  # fmt: skip
     # Lanes past the end may have seen nothing.
     l = tl.where(live, l, 1.0)
@@ -257,9 +259,10 @@ def _forward(
 
 @triton.jit
 def _query_gradient(
-    q, do, lse, delta, Kh, Vh, position, window, ENTRIES, start, stop, M, scale_log2, dq,
+    q, do, lse, delta, Kh, Vh, position, LOWEST, n, live, ENTRIES, start, stop, M, scale_log2, dq,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     for entry in range(start, stop):
         keys = tl.load(ENTRIES + entry) + tl.arange(0, BN)
@@ -267,7 +270,7 @@ def _query_gradient(
         v = load_tile(Vh, keys, M, svm, svd, D, BD)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
         if MASKED:
-            p = tl.where(_sees(position, keys, window), p, 0.0)
+            p = tl.where(_sees(position, LOWEST, n, live, keys, CUT), p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     return dq
@@ -275,12 +278,11 @@ def _query_gradient(
 
 @triton.jit
 def _backward_queries(
-    Q, K, V, O, DO, LSE, DELTA, DQ, POSITION, BLOCK, FIRST, END, ENTRIES, START, start_h, COUNT, TAIL,
+    Q, K, V, O, DO, LSE, DELTA, DQ, POSITION, LOWEST, BLOCK, FIRST, END, ENTRIES, START, start_h, COUNT, TAIL,
     scale_log2, scale, N, M,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
-    window,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv = tl.program_id(1).to(tl.int64)
@@ -299,22 +301,22 @@ def _backward_queries(
     Kh, Vh = K + kv * skh, V + kv * svh
     dq = tl.zeros([BM, BD], tl.float32)
     dq = _query_gradient(
-        q, do, lse, delta, Kh, Vh, position, window, ENTRIES, begin, edge, M, scale_log2, dq, skm, skd, svm, svd,
-        D, BD, BN, PRECISION, False,
+        q, do, lse, delta, Kh, Vh, position, LOWEST, n, live, ENTRIES, begin, edge, M, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, False, CUT,
     )  # fmt: skip
     dq = _query_gradient(
-        q, do, lse, delta, Kh, Vh, position, window, ENTRIES, edge, end, M, scale_log2, dq, skm, skd, svm, svd,
-        D, BD, BN, PRECISION, True,
+        q, do, lse, delta, Kh, Vh, position, LOWEST, n, live, ENTRIES, edge, end, M, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
     )  # fmt: skip
     _store_lanes(DQ, dq * scale, h * sgh + n * sgn, live, sgd, D, BD)
 
 
 @triton.jit
 def _key_gradient(
-    k, v, keys, Q, DO, LSE, DELTA, POSITION, FIRST, END, TILES, start, stop, kv, window, N, scale_log2, dk, dv,
+    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, TILES, start, stop, kv, N, scale_log2, dk, dv,
     sqh, sqn, sqd, soh, son,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     for place in range(start, stop):
         live, n, g, position = _lanes(POSITION, FIRST, END, tl.load(TILES + place), GROUP, BM)
@@ -325,7 +327,7 @@ def _key_gradient(
         delta = tl.load(DELTA + h * N + n, mask=live, other=0.0)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
         if MASKED:
-            p = tl.where(tl.trans(_sees(position, keys, window)), p, 0.0)
+            p = tl.where(tl.trans(_sees(position, LOWEST, n, live, keys, CUT)), p, 0.0)
         dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
@@ -334,13 +336,12 @@ def _key_gradient(
 
 @triton.jit
 def _backward_keys(
-    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, BLOCK, FIRST, END,
+    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, BLOCK, FIRST, END,
     TILES, START, start_h, HEAD, ORDER, order_h, KEY_FIRST, KEY_END,
     scale_log2, scale, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
-    window,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     kv = tl.program_id(0).to(tl.int64)
     block = tl.load(ORDER + kv * order_h + tl.program_id(1))
@@ -354,12 +355,12 @@ def _backward_keys(
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, FIRST, END, TILES, begin, edge, kv, window, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, D, BD, BM, PRECISION, True,
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, TILES, begin, edge, kv, N, scale_log2, dk, dv,
+        sqh, sqn, sqd, soh, son, GROUP, D, BD, BM, PRECISION, True, CUT,
     )  # fmt: skip
     dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, FIRST, END, TILES, edge, end, kv, window, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, D, BD, BM, PRECISION, False,
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, TILES, edge, end, kv, N, scale_log2, dk, dv,
+        sqh, sqn, sqd, soh, son, GROUP, D, BD, BM, PRECISION, False, CUT,
     )  # fmt: skip
     store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)
     store_tile(DV + kv * sgh, dv, keys, limit, sgn, sgd, D, BD)

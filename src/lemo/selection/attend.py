@@ -17,8 +17,10 @@ Blocks count from each document's first token. K key heads, H query heads, d hea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from lemo.config import QUERY_BLOCKS, Attend
 from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
-from lemo.types import SequenceLayout
+from lemo.types import SequenceLayout, TokenPlan
 
 _SCORES_AT_ONCE = 2**26
 
@@ -112,60 +114,93 @@ def build_grid(
         window: the layer's sliding window in tokens, or None.
         labelled: bool [B·T] on the CPU, rows whose query blocks see everything; None for none.
     """
-    size, per_query = attend.block, QUERY_BLOCKS
-    wide = size * per_query
-    longest = max(end - first for first, end in layout.documents)
-    window = None if window is None or window >= longest else window
+    lowest = np.arange(layout.rows) - window + 1 if _cuts(window, layout) else None
+    return _build(layout.documents, layout.rows, layout.block_of_row.device, attend, heads, lowest, labelled)
+
+
+def build_grid_of_kept(
+    layout: SequenceLayout,
+    plan: TokenPlan,
+    attend: Attend,
+    heads: int,
+    window: int | None,
+    labelled: Tensor | None = None,
+) -> AttendGrid:
+    """The same among kept tokens alone: a document is what is kept of it, in order; rows count kept tokens.
+
+    The sliding window stays one of original positions.
+
+    Args:
+        layout, attend, heads, window, labelled: as above, of all rows.
+        plan: keeps whole blocks of `attend.block` tokens, but for documents' last.
+    """
+    rows = plan.host_rows.numpy()
+    lowest = np.searchsorted(rows, rows - window + 1) if _cuts(window, layout) else None
+    documents = [(begin, end) for begin, end in pairwise(plan.cu_seqlens) if begin < end]
+    marked = None if labelled is None else labelled[plan.host_rows]
+    return _build(documents, len(rows), layout.block_of_row.device, attend, heads, lowest, marked)
+
+
+def _cuts(window: int | None, layout: SequenceLayout) -> TypeGuard[int]:
+    return window is not None and window < max(end - first for first, end in layout.documents)
+
+
+def _build(
+    documents: Sequence[tuple[int, int]],
+    rows: int,
+    device: torch.device,
+    attend: Attend,
+    heads: int,
+    lowest_row: Integers | None,
+    labelled: Tensor | None,
+) -> AttendGrid:
+    size, wide = attend.block, attend.block * QUERY_BLOCKS
     heads = 1 if attend.choice == "none" else heads
     parts: list[dict[str, Integers]] = []
     choosers: list[Choosers] = []
     stored = keys_before = queries_before = 0
     causal = 0.0
-    for first, end in layout.documents:
-        key_first = np.arange(first, end, size)
-        query_first = np.arange(first, end, wide)
+    for first, end in documents:
+        key_first, query_first = np.arange(first, end, size), np.arange(first, end, wide)
         query_end = np.minimum(query_first + wide, end)
-        nk, block = len(key_first), np.arange(len(query_first))
-        lowest = np.zeros_like(block) if window is None else np.maximum(block * wide - window + 1, 0) // size
-        before = block * per_query - lowest
-        own = np.minimum((block + 1) * per_query, nk) - block * per_query
-        rows = query_end - query_first
-        own_pairs = float((rows * (rows + 1) // 2).sum())
-        most, nearest = _budget(attend, before, rows * size, own_pairs)
+        block = np.arange(len(query_first))
+        lowest = np.zeros_like(block)
+        if lowest_row is not None:
+            lowest = np.maximum(lowest_row[query_first] - first, 0) // size
+        before = block * QUERY_BLOCKS - lowest
+        own = np.minimum((block + 1) * QUERY_BLOCKS, len(key_first)) - block * QUERY_BLOCKS
+        queries = query_end - query_first
+        own_pairs = float((queries * (queries + 1) // 2).sum())
+        causal += float((queries * size * before).sum()) + own_pairs
+        most, nearest = _budget(attend, before, queries * size, own_pairs)
         everything = before <= most
         if labelled is not None:
-            marked = np.add.reduceat(labelled[first:end].numpy().astype(np.int64), block * wide) > 0
-            everything |= marked
-        seen = np.where(everything, before, most)
-        causal += float((rows * size * before).sum()) + own_pairs
+            everything |= np.add.reduceat(labelled[first:end].numpy().astype(np.int64), block * wide) > 0
         choosing = block[~everything]
-        # Lists that hold everything are a stretch of the list of all key blocks, which follows the stored ones.
-        start = np.broadcast_to(keys_before + lowest, (heads, len(block))).copy()
-        length = most + per_query
-        place = np.arange(heads * len(choosing)).reshape(heads, -1) * length + stored
-        is_stored = np.zeros(start.shape, dtype=bool)
-        is_stored[:, choosing] = True
-        start[:, choosing] = place
-        stored += heads * len(choosing) * length
         if len(choosing):
             choosers.append(Choosers(first, end, choosing, lowest[choosing], nearest, most - nearest))
+        # Lists that hold everything are a stretch of the list of all key blocks, which follows the stored ones; that
+        # stands at -1 - place until the number of stored entries is known.
+        start = np.broadcast_to(-1 - (keys_before + lowest), (heads, len(block))).copy()
+        length = most + QUERY_BLOCKS
+        start[:, choosing] = stored + length * np.arange(heads * len(choosing)).reshape(heads, -1)
+        stored += heads * len(choosing) * length
         parts.append(
             {
                 "query_first": query_first,
                 "query_end": query_end,
                 "key_first": key_first,
                 "key_end": np.minimum(key_first + size, end),
-                "query_of_key": queries_before + np.arange(nk) // per_query,
-                "count": seen + own,
+                "query_of_key": queries_before + np.arange(len(key_first)) // QUERY_BLOCKS,
+                "count": np.where(everything, before, most) + own,
                 "tail": own,
                 "start": start,
-                "is_stored": is_stored,
             }
         )
-        keys_before, queries_before = keys_before + nk, queries_before + len(block)
+        keys_before, queries_before = keys_before + len(key_first), queries_before + len(block)
     joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
-    joined["start"] += np.where(joined.pop("is_stored"), 0, stored)
-    grid = BlockGrid(rows=layout.rows, key_block=size, window=window, device=layout.block_of_row.device, **joined)
+    joined["start"] = np.where(joined["start"] < 0, stored - 1 - joined["start"], joined["start"])
+    grid = BlockGrid(rows=rows, key_block=size, lowest=lowest_row, device=device, **joined)
     return AttendGrid(grid, tuple(choosers), attend, causal)
 
 
