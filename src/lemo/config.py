@@ -130,7 +130,8 @@ class SparsityConfig(Frozen):
             thresholds only). MLP blocks are chosen by their activity, with `causal` by their predecessor's.
         tile_mib: byte budget (MiB) of one row tile of the MLP's forward in `backward` mode; 0 turns tiling off,
             which makes hidden states bitwise those of the unmodified model.
-        attend: `backward`, `dense`: queries see some blocks of keys only, while training; None: all.
+        attend: queries see some blocks of keys only, while training; None: all. In `forward`, kept tokens see some
+            blocks of kept tokens, as though a document were what is kept of it.
     """
 
     mode: Literal["backward", "forward", "dense"] = "backward"
@@ -168,8 +169,11 @@ class SparsityConfig(Frozen):
             raise ValueError(
                 f"attention, mlp, calibration, dense_share and train_bypass belong to mode forward, not {self.mode}"
             )
-        if self.mode == "forward" and self.attend is not None:
-            raise ValueError("attend goes with mode backward or dense, not forward, whose kept tokens see each other")
+        if self.mode == "forward" and self.attend is not None and self.tokens_per_block % self.attend.block:
+            raise ValueError(
+                f"in mode forward attend.block ({self.attend.block}) must divide block_size ({self.tokens_per_block}): "
+                "its blocks are kept or left out as a whole"
+            )
         if self.fidelity == 0.0 and self.labelled == "ranked":
             raise ValueError("fidelity 0 keeps labelled blocks alone, so labelled can't be ranked")
         if self.policy == "segments" and self.keep is not None:

@@ -100,15 +100,24 @@ def rules(model: nn.Module, batch: Batch, layer: int, settings: Any) -> list[Rul
     return found
 
 
-def reported(sparse: nn.Module, batch: Batch, layer: int) -> list[list[list[set[int]]]]:
-    """By document, key head and query block: key blocks that lemo says the last pass saw, counted in the document."""
+def reported(
+    sparse: nn.Module, batch: Batch, layer: int, kept: list[list[int]] | None = None
+) -> list[list[list[set[int]]]]:
+    """By document, key head and query block: key blocks that lemo says the last pass saw, counted in the document.
+
+    `kept`: each document's kept rows, where rows of lists count these alone.
+    """
     runtime = get_runtime(sparse)
     assert runtime is not None
     attend, lists = runtime.last_lists[layer]
     grid, size = lists.grid, attend.attend.block
     entries, K = lists.entries.tolist(), heads_of(sparse)[1]
     found: list[list[list[set[int]]]] = []
-    for document in batch.documents:
+    documents = batch.documents
+    if kept is not None:
+        starts = [sum(map(len, kept[:i])) for i in range(len(kept))]
+        documents = [list(range(start, start + len(rows))) for start, rows in zip(starts, kept, strict=True)]
+    for document in documents:
         found.append([])
         mine = [i for i, first in enumerate(grid.query_first.tolist()) if document[0] <= first <= document[-1]]
         for k in range(K):
@@ -135,6 +144,29 @@ def seen_masks(dense: nn.Module, sparse: nn.Module, batch: Batch, settings: Any)
                         for s in range(j * settings.block, min((j + 1) * settings.block, t + 1)):
                             if window is None or t - s < window:
                                 mask[b, h, first + t, first + s] = True
+        mask |= torch.diag_embed(~mask.any(-1))
+        masks.append(mask.to(batch.input_ids.device))
+    return masks
+
+
+def seen_among_kept(
+    dense: nn.Module, sparse: nn.Module, batch: Batch, settings: Any, plans: dict[tuple[int, str], set[int]]
+) -> list[Tensor]:
+    """The same for `forward` mode, whose kept tokens see kept tokens: blocks count what is kept of a document."""
+    B, T = batch.input_ids.shape
+    H, K = heads_of(dense)
+    masks = []
+    for layer in range(len(layers_of(dense))):
+        mask = torch.zeros(B, H, T, T, dtype=torch.bool)
+        kept = [[row for row in document if row in plans[layer, "attention"]] for document in batch.documents]
+        window, lists = window_of(dense, layer), reported(sparse, batch, layer, kept)
+        for rows, by_head in zip(kept, lists, strict=True):
+            for h in range(H):
+                for n, row in enumerate(rows):
+                    for j in by_head[h * K // H][n // (2 * settings.block)]:
+                        for other in rows[j * settings.block : min((j + 1) * settings.block, n + 1)]:
+                            if window is None or row - other < window:
+                                mask[row // T, h, row % T, other % T] = True
         mask |= torch.diag_embed(~mask.any(-1))
         masks.append(mask.to(batch.input_ids.device))
     return masks

@@ -1,4 +1,4 @@
-"""The `attend` axis: equals masked-dense runs of unmodified modules, in `dense` and in `backward` mode."""
+"""The `attend` axis: equals masked-dense runs of unmodified modules, in every mode."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from attend_reference import heads_of, masked_run, pooled_score, reported, rules, seen_masks
-from pairs import TINY_TILE_MIB, config, pair, step
+from attend_reference import heads_of, masked_run, pooled_score, reported, rules, seen_among_kept, seen_masks
+from forward_reference import masked_dense
+from pairs import TINY_TILE_MIB, config, pair, rows_of_plans, step
 from test_backward import RULES, hook_reference
 from test_random import SEED, Draw, runtime_of
 from torch import nn
@@ -114,6 +115,34 @@ def test_random_blocks(family: str, device: torch.device) -> None:
     _, got = step(sparse, batch)
     backward_reference(dense, batch, Draw(batch, 0.5), seen=seen_masks(dense, sparse, batch, settings))
     assert_same_gradients(got, gradients(dense))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_forward_mode_equals_masked_dense(family: str, name: str, checkpointed: bool, device: torch.device) -> None:
+    settings = attends("random" if checkpointed else "half")
+    values: dict[str, Any] = {"attention": {"keep": (0.6, 1.0, 0.7)}, "mlp": {"keep": 0.6}}
+    dense, sparse = pair(family, device, config(mode="forward", attend=settings, **values))
+    if checkpointed:
+        sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = make_batch(name, device)
+    loss, got = step(sparse, batch)
+    plans = rows_of_plans(sparse)
+    seen = seen_among_kept(dense, sparse, batch, settings, plans)
+    want = masked_dense(dense, batch, plans, seen=seen)
+    want.loss.backward()
+    torch.testing.assert_close(loss, want.loss.detach(), rtol=1e-6, atol=0)
+    assert_same_gradients(got, gradients(dense))
+    assert runtime_of(sparse).collect().density < 1.0
+    assert len(plans[1, "attention"]) == batch.real_mask().sum() > len(plans[0, "attention"])
+
+
+@pytest.mark.parametrize("mode", ["dense", "backward", "forward"])
+def test_a_step_leaves_other_attention_alone(mode: str, device: torch.device) -> None:
+    rest = {"keep": 0.6} if mode == "forward" else {}
+    _, sparse = pair("llama", device, config(mode=mode, attend=attends("half"), **rest), attention="eager")
+    step(sparse, make_batch("packed", device))
+    assert sparse.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["plain", "right", "left"])
@@ -287,8 +316,8 @@ def test_draws_differ_by_layer_head_and_step_and_follow_the_state(device: torch.
 
 
 def test_what_cant_be_combined_is_an_error(device: torch.device) -> None:
-    with pytest.raises(ValueError, match="attend goes with mode backward or dense, not forward"):
-        SparsityConfig(mode="forward", keep=0.5, attend=Attend())
+    with pytest.raises(ValueError, match=r"attend\.block .48. must divide block_size .64."):
+        SparsityConfig(mode="forward", keep=0.5, attend=Attend(block=48))
     with pytest.raises(ValueError, match="give window, and choice none"):
         Attend(density=None, choice="pooled", window=128)
     with pytest.raises(ValueError, match="give window, and choice none"):

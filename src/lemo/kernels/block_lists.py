@@ -29,6 +29,7 @@ class BlockGrid:
     """Where blocks lie, and the lists' lengths.
 
     Attributes:
+        documents: (first, end) rows of each document.
         rows: M, those of padding included.
         key_block: tokens of a key block (a document's last may have fewer).
         lowest: the first key that each row may see, beside what the lists say, [M]; None where a list says it all.
@@ -41,6 +42,7 @@ class BlockGrid:
         device: of the tensors.
     """
 
+    documents: tuple[tuple[int, int], ...]
     rows: int
     key_block: int
     lowest: Integers | None

@@ -149,6 +149,7 @@ def _head_stride(table: Tensor) -> int:
 
 def _constants(q_HNd: Tensor, k_KMd: Tensor, lists: BlockLists, tiles: RowTiles, launch: Launch) -> dict[str, object]:
     d = q_HNd.shape[-1]
+    wide = lists.grid.key_block > 64
     return {
         "GROUP": q_HNd.shape[0] // k_KMd.shape[0],
         "D": d,
@@ -158,9 +159,10 @@ def _constants(q_HNd: Tensor, k_KMd: Tensor, lists: BlockLists, tiles: RowTiles,
         "CUT": tiles.lowest is not None,
         # Tensor cores round fp32 to 10 bits of mantissa; fp32 is for those who want it exact.
         "PRECISION": "ieee" if q_HNd.dtype == torch.float32 else "tf32",
-        "num_warps": launch.warps,
-        # Larger heads and fp32 have no room for more in a multiprocessor's memory.
-        "num_stages": launch.stages if d * q_HNd.element_size() <= 256 else 1,
+        # A wider tile needs more registers and memory: twice the warps, two tiles in flight.
+        "num_warps": 8 if wide else launch.warps,
+        # Larger heads and fp32 have no room for more than one in a multiprocessor's memory.
+        "num_stages": 1 if d * q_HNd.element_size() > 256 else 2 if wide else launch.stages,
     }
 
 

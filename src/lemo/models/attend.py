@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lemo.kernels.block_lists import BlockLists
 from lemo.models.documents import stands_in
-from lemo.selection.attend import AttendGrid, choose_blocks
+from lemo.selection.attend import AttendGrid, build_grid_of_kept, choose_blocks
 from lemo.sparse.attend import attend_lists
 from lemo.sparse.parts import part
+from lemo.types import TokenPlan
 
 if TYPE_CHECKING:
     from lemo.models.runtime import BatchState
@@ -52,11 +53,22 @@ class AttendCall:
                 self.lists = choose_blocks(self.grid, q_HNd, k_KMd, scale, self.draw)
         return self.lists
 
+    def attend_kept(self, q_HNd: Tensor, k_KNd: Tensor, v_KNd: Tensor, scale: float, plan: TokenPlan) -> Tensor:
+        """Attention among a plan's rows, [N, H, d]."""
+        state = self.state
+        if self.lists is None:
+            assert state.attend is not None, "only layers that attend by lists ask"
+            with part("selection"):
+                heads = k_KNd.shape[0]
+                self.grid = build_grid_of_kept(state.layout, plan, state.attend, heads, self.window, state.targets)
+                self.lists = choose_blocks(self.grid, q_HNd, k_KNd, scale, self.draw)
+        return attend_lists(q_HNd, k_KNd, v_KNd, self.lists, None, scale)
+
     def attend(self, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, scale: float, host_rows: Tensor | None) -> Tensor:
         """Attention of these rows' queries, or of all, [N, H, d]; see `attend_lists`."""
         lists = self.lists if host_rows is not None else self.lists_for(q_HNd, k_KMd, scale)
         assert lists is not None, "the dense forward chooses before rows are recomputed"
-        return attend_lists(q_HNd, k_KMd, v_KMd, lists, self.state.layout, host_rows, scale)
+        return attend_lists(q_HNd, k_KMd, v_KMd, lists, host_rows, scale)
 
 
 def attention_by_lists(config: Any) -> AbstractContextManager[None]:

@@ -179,6 +179,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
+    attend = _attend_call(layer, state)
     call = forward.ForwardCall(
         view,
         state.layout,
@@ -190,6 +191,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.bypasses.get((index, "mlp")),
         runtime.predictors.get((index, "attention")),
         runtime.predictors.get((index, "mlp")),
+        None if attend is None else attend.attend_kept,
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans(_dropout_seed(view))
@@ -202,6 +204,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     out = _checkpointed(layer, run, hidden)
     if plans.attention is not None and plans.mlp is not None:
         runtime.record(index, plans.attention, plans.mlp)
+    _record_lists(layer, attend)
     return out
 
 

@@ -118,15 +118,6 @@ class Runtime:
                 model; or bypasses that should train can't.
         """
         self.state = BatchState(layout, dense=self.dense_only)
-        if training and self.config.attend is not None and not self.dense_only:
-            self.state.attend = self.config.attend
-            if self.config.attend.labelled == "dense":
-                if self.targets is None:
-                    raise ValueError(
-                        "attend.labelled='dense' must see the labels, but this loss is computed outside the model; "
-                        "call it with labels, or choose labelled='sparse'"
-                    )
-                self.state.targets = self.targets.cpu()
         if training and self.config.train_bypass:
             self._check_bypasses()
         if training and self.config.dense_share and not self.dense_only:
@@ -136,6 +127,8 @@ class Runtime:
             if self.state.dense:
                 for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
                     self._keeps.setdefault((layer, branch), []).append(1.0)
+        if training and not self.state.dense:
+            self._begin_attend(self.state)
         if training and self.config.policy == "segments" and not self.dense_only:
             if not self.own_loss:
                 raise ValueError(
@@ -146,6 +139,17 @@ class Runtime:
             self.state.spans = draw_spans(layout, self.config.segments, self.generator)
             self.last_spans = self.state.spans.ranges
         return self.state
+
+    def _begin_attend(self, state: BatchState) -> None:
+        attend = state.attend = self.config.attend
+        if attend is None or attend.labelled == "sparse":
+            return
+        if self.targets is None:
+            raise ValueError(
+                "attend.labelled='dense' must see the labels, but this loss is computed outside the model; call it "
+                "with labels, or choose labelled='sparse'"
+            )
+        state.targets = self.targets.cpu()
 
     def _check_bypasses(self) -> None:
         parameters = [p for bypass in self.bypasses.values() for p in bypass.parameters()]

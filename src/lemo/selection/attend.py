@@ -200,7 +200,7 @@ def _build(
         keys_before, queries_before = keys_before + len(key_first), queries_before + len(block)
     joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     joined["start"] = np.where(joined["start"] < 0, stored - 1 - joined["start"], joined["start"])
-    grid = BlockGrid(rows=rows, key_block=size, lowest=lowest_row, device=device, **joined)
+    grid = BlockGrid(documents=tuple(documents), rows=rows, key_block=size, lowest=lowest_row, device=device, **joined)
     return AttendGrid(grid, tuple(choosers), attend, causal)
 
 

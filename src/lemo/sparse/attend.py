@@ -18,7 +18,6 @@ from lemo.kernels import reference
 from lemo.kernels.block_lists import BlockLists
 from lemo.kernels.dispatch import block_sparse_backend
 from lemo.sparse.precision import computes_in
-from lemo.types import SequenceLayout
 
 if TYPE_CHECKING:
     from lemo.kernels.block_sparse import Queries
@@ -31,7 +30,6 @@ def attend_lists(
     k_KMd: Tensor,
     v_KMd: Tensor,
     lists: BlockLists,
-    layout: SequenceLayout,
     host_rows: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -39,9 +37,8 @@ def attend_lists(
 
     Args:
         q_HNd: queries of `host_rows`.
-        k_KMd, v_KMd: keys and values of all B·T rows.
+        k_KMd, v_KMd: keys and values of all rows of the lists' grid.
         lists: what each query block sees.
-        layout: documents.
         host_rows: int64 [N], ascending, on the CPU; None for all rows.
         scale: factor on q·k.
     """
@@ -51,7 +48,7 @@ def attend_lists(
         from lemo.kernels.block_sparse import Queries
 
         return _ListAttention.apply(q_HNd, k_KMd, v_KMd, Queries(lists, host_rows), scale)
-    return _PlainListAttention.apply(q_HNd, k_KMd, v_KMd, lists, layout, host_rows, scale)
+    return _PlainListAttention.apply(q_HNd, k_KMd, v_KMd, lists, host_rows, scale)
 
 
 class _ListAttention(torch.autograd.Function):
@@ -86,12 +83,11 @@ class _PlainListAttention(torch.autograd.Function):
         k_KMd: Tensor,
         v_KMd: Tensor,
         lists: BlockLists,
-        layout: SequenceLayout,
         host_rows: Tensor | None,
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(q_HNd, k_KMd, v_KMd)
-        ctx.chunks, ctx.scale = list(_chunks(lists, layout, host_rows, q_HNd.shape[0])), scale
+        ctx.chunks, ctx.scale = list(_chunks(lists, host_rows, q_HNd.shape[0])), scale
         out_NHd = q_HNd.new_zeros(q_HNd.shape[1], q_HNd.shape[0], v_KMd.shape[2])
         for chunk in ctx.chunks:
             k, v = k_KMd[:, chunk.keys], v_KMd[:, chunk.keys]
@@ -112,7 +108,7 @@ class _PlainListAttention(torch.autograd.Function):
             found = torch.autograd.grad(out, leaves, grad_NHd[chunk.queries])
             for total, part, grad in zip(sums, parts, found, strict=True):
                 total[:, part] += grad
-        return *(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True)), None, None, None, None
+        return *(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True)), None, None, None
 
 
 @dataclass(frozen=True)
@@ -125,9 +121,9 @@ class _Chunk:
     keys: slice
 
 
-def _chunks(lists: BlockLists, layout: SequenceLayout, host_rows: Tensor | None, heads: int) -> Iterator[_Chunk]:
-    rows = torch.arange(layout.rows) if host_rows is None else host_rows
-    for first, end in layout.documents:
+def _chunks(lists: BlockLists, host_rows: Tensor | None, heads: int) -> Iterator[_Chunk]:
+    rows = torch.arange(lists.grid.rows) if host_rows is None else host_rows
+    for first, end in lists.grid.documents:
         begin, stop = torch.searchsorted(rows, torch.tensor([first, end])).tolist()
         step = max(1, _SCORES_AT_ONCE // (heads * (end - first)))
         for n in range(begin, stop, step):

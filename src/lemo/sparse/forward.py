@@ -62,6 +62,8 @@ class ForwardCall:
         layer: index of the layer, for per-layer thresholds.
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
         attention_bypass, mlp_bypass: what eliminated rows get in the branch's place; None for nothing.
+        attend_kept: (queries [H, N, d], keys and values [K, N, d] of the plan's rows, scale, plan) -> [N, H, d], where
+            kept tokens see some of the kept tokens; None: all of them.
         attention_predictor, mlp_predictor: give the scores in place of exact ones; None computes them.
     """
 
@@ -75,6 +77,7 @@ class ForwardCall:
     mlp_bypass: Bypass | None = None
     attention_predictor: Predictor | None = None
     mlp_predictor: Predictor | None = None
+    attend_kept: Callable[[Tensor, Tensor, Tensor, float, TokenPlan], Tensor] | None = None
 
 
 def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Tensor:
@@ -95,7 +98,7 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
     view = call.view
     if plans.attention is None:
         plans.attention = _plan_attention(hidden_BTD.detach(), call)
-    if plans.attention.keep == 1.0:
+    if plans.attention.keep == 1.0 and call.attend_kept is None:
         hidden_BTD = hidden_BTD + call.attend(hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD))
     else:
         branch = _attention(hidden_BTD.flatten(0, 1), call, plans.attention, dropout)
@@ -144,7 +147,10 @@ def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowD
     with on_rows(dropout, rows):
         q = view.query(normed, kept_rotary)
         k, v = view.key_value(normed, kept_rotary)
-        context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
+        if call.attend_kept is None:
+            context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
+        else:
+            context = call.attend_kept(q, k, v, view.scaling, plan).reshape(len(rows), -1)
         return view.attention_output(context)
 
 
