@@ -65,7 +65,7 @@ class AttendCall:
         return attend_lists(q_HNd, k_KNd, v_KNd, self.lists, None, scale)
 
     def attend(self, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, scale: float, host_rows: Tensor | None) -> Tensor:
-        """Attention of these rows' queries, or of all, [N, H, d]; see `attend_lists`."""
+        """Attention of these rows' queries, or of all, over all rows' keys, [N, H, d]."""
         lists = self.lists if host_rows is not None else self.lists_for(q_HNd, k_KMd, scale)
         assert lists is not None, "the dense forward chooses before rows are recomputed"
         return attend_lists(q_HNd, k_KMd, v_KMd, lists, host_rows, scale)

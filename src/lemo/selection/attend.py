@@ -200,6 +200,9 @@ def _build(
         keys_before, queries_before = keys_before + len(key_first), queries_before + len(block)
     joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     joined["start"] = np.where(joined["start"] < 0, stored - 1 - joined["start"], joined["start"])
+    if not choosers:
+        # Every list is a stretch of the same one.
+        joined["start"] = joined["start"][:1]
     grid = BlockGrid(documents=tuple(documents), rows=rows, key_block=size, lowest=lowest_row, device=device, **joined)
     return AttendGrid(grid, tuple(choosers), attend, causal)
 
@@ -263,7 +266,7 @@ def choose_blocks(
                 pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
             return _pooled_mass(*pools[choosers.first], choosers, part, scale)
 
-        return _lists(attend, K, pooled)
+        return _lists(attend, q_HNd.shape[0], pooled)
 
 
 def pool(x_HTd: Tensor, size: int) -> Tensor:
@@ -288,36 +291,31 @@ def _pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, choosers: Choosers, part: slice, 
     return logits.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)
 
 
-def _lists(attend: AttendGrid, heads: int, score: Callable[[Choosers, slice, int], Tensor]) -> BlockLists:
+def _lists(attend: AttendGrid, at_once: int, score: Callable[[Choosers, slice, int], Tensor]) -> BlockLists:
     """Lists of the blocks with the highest scores.
 
     Args:
         attend: where blocks lie.
-        heads: key heads, or 1.
-        score: (choosers, part of them, nk) -> [heads, n, nk]; for `pooled`, with H of them in between.
+        at_once: heads that have scores at the same time.
+        score: (choosers, part of them, nk) -> scores, [K or 1, n, nk].
     """
     size, grid = attend.attend.block, attend.grid
     stored = []
     for choosers in attend.choosers:
         nk = -(-(choosers.end - choosers.first) // size)
         n = len(choosers.block)
-        step = max(1, _SCORES_AT_ONCE // (nk * heads * 8))
-        found = torch.cat(
-            [_highest(score(choosers, part, nk), choosers, part) for part in _parts(n, step)], 1
-        )  # [heads, n, chosen]
+        step = max(1, _SCORES_AT_ONCE // (nk * at_once))
+        parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        found = torch.cat([_highest(score(choosers, part, nk), choosers, part) for part in parts], 1)
         block = on_device(choosers.block, torch.int64, grid.device)
         window = torch.arange(-choosers.nearest, QUERY_BLOCKS, device=grid.device)
-        near = (block[:, None] * QUERY_BLOCKS + window).expand(heads, n, -1)
+        near = (block[:, None] * QUERY_BLOCKS + window).expand(len(found), n, -1)
         stored.append((choosers.first + size * torch.cat([found, near], 2)).int().flatten())
     return BlockLists(grid, torch.cat([*stored, grid.here.key_first]))
 
 
-def _parts(total: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
-
-
 def _highest(score: Tensor, choosers: Choosers, part: slice) -> Tensor:
-    """The chosen key blocks, ascending, int64 [heads, n, chosen]: the first where it may be seen, then the highest."""
+    """The chosen key blocks, ascending, int64 [K or 1, n, chosen]: the first where it may be seen, then the highest."""
     block, lowest = (on_device(x[part], torch.int64, score.device) for x in (choosers.block, choosers.lowest))
     keys = torch.arange(score.shape[-1], device=score.device)
     distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)
