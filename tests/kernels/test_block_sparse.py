@@ -10,6 +10,7 @@ from test_attention import DEVICE, DTYPES, HEADS, error, poisoned
 
 from lemo.config import Attend
 from lemo.kernels import reference
+from lemo.kernels.dispatch import block_sparse_backend
 from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
 
@@ -154,6 +155,16 @@ def test_results_repeat_bit_by_bit() -> None:
         out, lse = kernels.block_sparse_forward(q, k, v, queries, 0.25)
         runs.append([out, *kernels.block_sparse_backward(grad, q, k, v, out, lse, queries, 0.25)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_what_the_kernel_cant_do_goes_to_torch() -> None:
+    def backend(d: int, key_block: int, dtype: torch.dtype = torch.float16) -> str:
+        x = torch.zeros(2, 8, d, device=DEVICE, dtype=dtype)
+        return block_sparse_backend(x, x, x, key_block)
+
+    usual = "triton" if DEVICE == "cuda" else "torch"
+    assert backend(128, 128) == backend(256, 64) == backend(128, 64, torch.float32) == usual
+    assert backend(256, 128) == backend(256, 64, torch.float32) == backend(64, 48) == "torch"
 
 
 def test_lists_are_obeyed() -> None:

@@ -17,6 +17,7 @@ LARGEST_HEAD = 256
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
 LISTED_BLOCKS = (16, 32, 64, 128)
+LISTED_BYTES = 2**15
 HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *HALF)
 _log = logging.getLogger("lemo")
@@ -67,6 +68,11 @@ def block_sparse_backend(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str
 def _reason_against_lists(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str | None:
     if key_block not in LISTED_BLOCKS:
         return f"the kernel takes blocks of {', '.join(map(str, LISTED_BLOCKS))} keys, not {key_block}"
+    most = min(SCORED_BYTES, LISTED_BYTES // key_block)
+    if q.shape[-1] * q.element_size() > most:
+        return (
+            f"with blocks of {key_block} the kernel takes heads of {most} bytes a row, not {q.shape[-1]} of {q.dtype}"
+        )
     return _reason_against(q, k, v, dropout=False)
 
 
