@@ -10,7 +10,7 @@ MLP: three matrices with ReLU estimate each token's activity, whose mean over th
 The paper's representatives are means of inputs, taken before any matrix. A score is a maximum over tokens, which a mean
 of inputs hardly tells (docs/decisions/0009); to read the inputs costs the same either way.
 
-Networks are trained by `lemo.selection.predictor_training`, where they shrink (`lemo.selection.elastic`).
+They are trained by `lemo.selection.predictor_training`, where they shrink (`lemo.selection.elastic`).
 
 Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K).
 """
@@ -37,7 +37,7 @@ LAYERS = 3
 
 
 class LowRankNetwork(nn.Module):
-    """Three low-rank matrices with ReLU, whose widths may shrink while they train.
+    """Three low-rank matrices with ReLU, as wide as training left them.
 
     Args:
         width: D.
@@ -50,7 +50,8 @@ class LowRankNetwork(nn.Module):
         self.pooled = pooled
         inputs = (width, 2 * widths[0] + PLACES if pooled else widths[0], widths[1])
         self.matrices = nn.ParameterList(
-            nn.Parameter(torch.randn(out, into) / math.sqrt(into / 2)) for into, out in zip(inputs, widths, strict=True)
+            nn.Parameter(torch.randn(out, into) / math.sqrt(into / 2), requires_grad=False)
+            for into, out in zip(inputs, widths, strict=True)
         )
         # Outputs begin over zero: an output that is zero for every input would never learn.
         self.matrices[-1].data.abs_()
@@ -60,12 +61,6 @@ class LowRankNetwork(nn.Module):
         """Rows of each matrix."""
         first, second, third = self.matrices
         return first.shape[0], second.shape[0], third.shape[0]
-
-    def later_layers(self, low: Tensor) -> tuple[Tensor, Tensor]:
-        """What the second and third layers' neurons put out, from the first's: by block with pooling, else by token."""
-        _, second, third = self.matrices
-        middle = torch.relu(low @ second.T.to(low.dtype))
-        return middle, torch.relu(middle @ third.T.to(low.dtype))
 
 
 class Blocks:
@@ -82,25 +77,25 @@ class Blocks:
         self.count = -(-tokens // size)
 
     def mean(self, rows_Nr: Tensor) -> Tensor:
-        """Over each block's rows, fp32 or wider, [n, r]."""
+        """Over each block's rows, fp32 or wider, [..., n, r] of [..., N, r]."""
         whole, rest = self._parts(rows_Nr)
         wide = torch.promote_types(rows_Nr.dtype, torch.float32)
-        mean = whole.mean(1, dtype=wide)
-        return mean if rest is None else torch.cat([mean, rest.mean(0, keepdim=True, dtype=wide)])
+        mean = whole.mean(-2, dtype=wide)
+        return mean if rest is None else torch.cat([mean, rest.mean(-2, keepdim=True, dtype=wide)], -2)
 
     def pool(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, maximum) over each block's rows, fp32 or wider, [n, r] each."""
+        """(mean, maximum) over each block's rows, fp32 or wider, [..., n, r] each."""
         whole, rest = self._parts(rows_Nr)
-        mean, largest = self.mean(rows_Nr), whole.amax(1)
+        mean, largest = self.mean(rows_Nr), whole.amax(-2)
         if rest is not None:
-            largest = torch.cat([largest, rest.amax(0, keepdim=True)])
+            largest = torch.cat([largest, rest.amax(-2, keepdim=True)], -2)
         return mean, largest.to(mean.dtype)
 
     def _parts(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The whole blocks' rows [whole, size, r], and those of the last if it is short."""
+        """The whole blocks' rows [..., whole, size, r], and those of the last if it is short."""
         end = self.whole * self.size
-        whole = rows_Nr[:end].view(self.whole, self.size, rows_Nr.shape[1])
-        return whole, rows_Nr[end:] if self.whole < self.count else None
+        whole = rows_Nr[..., :end, :].unflatten(-2, (self.whole, self.size))
+        return whole, rows_Nr[..., end:, :] if self.whole < self.count else None
 
     def places(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Where each block lies, [n, PLACES]; nothing of it depends on later blocks."""
@@ -152,43 +147,6 @@ class Predictor(nn.Module):
         self.register_buffer("scale", torch.tensor(1.0))
         self._stacked: _Stacked | None = None
 
-    def measure(self, x_ND: Tensor, mean_score: Tensor) -> None:
-        """Takes center, spread and scale from a sample."""
-        x_ND = x_ND.float()
-        self.center.copy_(x_ND.mean(0))
-        self.spread.copy_(x_ND.std(0, correction=0).clamp(min=1e-6))
-        self.scale.copy_(mean_score.clamp(min=torch.finfo(torch.float32).tiny))
-
-    def activations(self, x_ND: Tensor, blocks: Blocks) -> dict[str, list[Tensor]]:
-        """What each layer's neurons put out for one document, by network; the last layer's are the output.
-
-        The first layer's are by token, [N, width]; the others' by block, [n, width] in fp32 or wider, with pooling,
-        else by token.
-
-        Args:
-            x_ND: normalised inputs of the document's rows.
-            blocks: where its blocks lie.
-        """
-        networks = self.by_name
-        widths = [network.widths[0] for network in networks.values()]
-        # All networks read the inputs at once, which is most of the work.
-        low = torch.relu(F.linear(x_ND, *self._first_layers(x_ND.dtype)))
-        lows = seen = low.split(widths, 1)
-        if self.pooled:
-            mean, largest = blocks.pool(low)
-            places = blocks.places(x_ND.device, mean.dtype)
-            pools = zip(mean.split(widths, 1), largest.split(widths, 1), strict=True)
-            seen = tuple(torch.cat([*pool, places], 1) for pool in pools)
-        return {
-            name: [rows, *network.later_layers(inputs)]
-            for (name, network), rows, inputs in zip(networks.items(), lows, seen, strict=True)
-        }
-
-    def _first_layers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The networks' first matrices in one, for inputs as they come, and what to add."""
-        scaled = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
-        return scaled.to(dtype), -(scaled @ self.center).to(dtype)
-
     def outputs(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """The networks' outputs side by side, the last one's in the scores' unit; nothing is differentiated.
 
@@ -203,12 +161,11 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def _stack(self, dtype: torch.dtype) -> _Stacked:
-        """Made once when the networks are frozen."""
-        networks = list(self.by_name.values())
-        trains = any(p.requires_grad for p in self.parameters())
-        held = None if trains else self._stacked
+        """Made once for a dtype and device."""
+        held = self._stacked
         if held is not None and held.first.dtype == dtype and held.first.device == self.center.device:
             return held
+        networks = list(self.by_name.values())
         seconds = [network.matrices[1] for network in networks]
         widths = [network.widths[0] for network in networks]
         if self.pooled:
@@ -219,19 +176,16 @@ class Predictor(nn.Module):
             second = torch.block_diag(*seconds)
         thirds = [network.matrices[2] for network in networks]
         third = torch.block_diag(*thirds[:-1], thirds[-1] * self.scale)
+        first = torch.cat([network.matrices[0] for network in networks]) / self.spread
+        bias = -(first @ self.center)
         later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
-        stacked = _Stacked(*self._first_layers(dtype), second.T.to(later), third.T.to(later))
-        self._stacked = None if trains else stacked
-        return stacked
+        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second.T.to(later), third.T.to(later))
+        return self._stacked
 
     @property
     def pooled(self) -> bool:
         """Whether the networks' second layers see blocks, or tokens."""
         return all(network.pooled for network in self.by_name.values())
-
-    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
-        """What is trained, from `activations`, in units of `scale`: pair scores [n, n], or activities of tokens [N]."""
-        raise NotImplementedError
 
     @property
     def by_name(self) -> dict[str, LowRankNetwork]:
@@ -259,12 +213,10 @@ class AttentionPredictor(Predictor):
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({name: LowRankNetwork(width, widths, pooled=True) for name in ("query", "key")}, width)
 
-    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
-        return (found["query"][-1] @ found["key"][-1].T).tril()
-
     def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
-        return self.estimates(self.activations(x_ND, blocks)) * self.scale
+        query, key = self.outputs(x_ND, blocks).chunk(2, 1)
+        return (query @ key.T).tril()
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
@@ -284,9 +236,6 @@ class ActivityPredictor(Predictor):
 
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
-
-    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
-        return found["activity"][-1][:, 0]
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         score = blocks.mean(self.outputs(x_ND, blocks))[:, 0]
