@@ -16,6 +16,8 @@ from torch import Tensor
 LARGEST_HEAD = 256
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
+LARGEST_PREDICTED_BLOCK = 128
+MOST_NUMBERS = 256
 HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *HALF)
 _log = logging.getLogger("lemo")
@@ -69,6 +71,29 @@ def _reason_against_scores(q: Tensor, k: Tensor, block_size: int) -> str | None:
     if q.shape[-1] * q.element_size() > SCORED_BYTES:
         return f"the kernel takes heads of {SCORED_BYTES} bytes a row, not {q.shape[-1]} of {q.dtype}"
     return _reason_against(q, k, k, dropout=False)
+
+
+def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str:
+    """`triton` or `torch` for a predictor's look at every token; logged once for every reason."""
+    reason = _reason_against_prediction(x, block_size, numbers, norm_known)
+    _note("prediction of informativeness", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str | None:
+    if plain_torch():
+        return "LEMO_KERNELS=torch asks for it"
+    if x.device.type != "cuda":
+        return f"Triton kernels need a CUDA device, the tensors are on {x.device.type}"
+    if not _has_triton():
+        return "triton isn't installed"
+    if not norm_known:
+        return "the kernel knows RMS norms and LayerNorm, before the branch"
+    if block_size > LARGEST_PREDICTED_BLOCK:
+        return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
+    if numbers > MOST_NUMBERS:
+        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
+    return None if x.dtype in _DTYPES else f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
 
 
 def prefix_by_library(q: Tensor) -> bool:

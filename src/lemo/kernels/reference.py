@@ -56,6 +56,19 @@ def block_pair_scores(
     return padded.view(blocks, block_size, blocks, block_size).amax((1, 3))
 
 
+def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
+    """What a predictor's first matrix makes of each row after its norm, [N, r].
+
+    Args:
+        hidden_ND: the residual stream.
+        matrix_rD, offset_r: with the norm's weight and bias in them.
+        eps, centered: the norm's (LayerNorm, or RMS norm).
+    """
+    x = hidden_ND - hidden_ND.mean(1, keepdim=True) if centered else hidden_ND
+    x = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
+    return torch.relu(x @ matrix_rD.T + offset_r)
+
+
 class PlainAttention:
     """Attention without a mask that shows its denominators, natural logarithms [K, rows]; twin of a library's.
 

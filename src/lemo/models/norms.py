@@ -1,4 +1,4 @@
-"""transformers' RMS norms, run by torch's fused kernel while a sparse layer runs.
+"""Norms that are recognised: transformers' RMS norms run by torch's fused kernel while a sparse layer runs.
 
 As transformers writes it a norm copies its input to fp32, squares it and scales it, and autograd keeps such copies: 1
 GiB each at 64K tokens of width 4,096, where keys and values of all rows are rebuilt. torch's kernel reads and writes
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import HALF
+from lemo.types import NormWeights
 
 # weight * x / sqrt(mean(x²) + variance_epsilon), all of one text.
 _KNOWN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
@@ -27,9 +28,23 @@ _MOST = 2**31
 
 def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What to run in place of a known norm's `forward`; None for any other module."""
+    return functools.partial(_forward, module) if _known(module) else None
+
+
+def norm_weights(module: Any) -> NormWeights | None:
+    """What a kernel needs to compute a known norm by itself; None for any other, or one that somebody listens to."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return None
+    if _known(module):
+        return NormWeights(module.weight, None, module.variance_epsilon, centered=False)
+    if type(module) is nn.LayerNorm and module.elementwise_affine and len(module.normalized_shape) == 1:
+        return NormWeights(module.weight, module.bias, module.eps, centered=True)
+    return None
+
+
+def _known(module: nn.Module) -> bool:
     kind = type(module)
-    known = kind.__name__ in _KNOWN and kind.__module__.startswith("transformers.models.")
-    return functools.partial(_forward, module) if known else None
+    return kind.__name__ in _KNOWN and kind.__module__.startswith("transformers.models.")
 
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:

@@ -19,16 +19,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo.kernels.dispatch import prediction_backend
 from lemo.selection.scores import causal_view, from_predecessor
-from lemo.types import SequenceLayout
+from lemo.types import NormWeights, SequenceLayout
+
+if TYPE_CHECKING:
+    from lemo.kernels.prediction import FirstLook
 
 # Distances in blocks over which scores change: a block's place is told at each.
 _PERIODS = (8, 32, 128, 512)
@@ -111,6 +115,11 @@ def _places(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.stack(columns, 1).to(dtype)
 
 
+@functools.lru_cache(maxsize=64)
+def _places_of_batch(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.cat([_places(count, device, torch.float32) for count in counts])
+
+
 @dataclass(frozen=True)
 class _Stacked:
     """All networks of a predictor as one, in one dtype: an input goes through three products, however many there are.
@@ -146,18 +155,58 @@ class Predictor(nn.Module):
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
         self._stacked: _Stacked | None = None
+        self._first_look: tuple[Any, FirstLook] | None = None
 
     def outputs(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
-        """The networks' outputs side by side, the last one's in the scores' unit; nothing is differentiated.
+        """The networks' outputs side by side, the last one's in the scores' unit, [n, outputs]; for one document.
 
-        By block, [n, outputs], with pooling, else by token.
+        Args:
+            x_ND: the branch's normalised inputs.
+            blocks: where its blocks lie.
         """
         stacked = self._stack(x_ND.dtype)
         low = torch.relu(F.linear(x_ND, stacked.first, stacked.bias))
-        if self.pooled:
-            mean, largest = blocks.pool(low)
-            low = torch.cat([mean, largest, blocks.places(x_ND.device, mean.dtype)], 1)
-        return torch.relu(torch.relu(low @ stacked.second) @ stacked.third)
+        if not self.pooled:
+            return blocks.mean(torch.relu(torch.relu(low @ stacked.second) @ stacked.third))
+        mean, largest = blocks.pool(low)
+        return self._later(torch.cat([mean, largest, blocks.places(x_ND.device, mean.dtype)], 1), stacked)
+
+    def outputs_by_kernel(self, hidden_ND: Tensor, norm: NormWeights, layout: SequenceLayout) -> Tensor:
+        """The same of all the batch's blocks, [blocks, outputs], from the residual stream; fp32.
+
+        Args:
+            hidden_ND: what goes into the branch's norm, [B·T, D].
+            norm: that norm.
+            layout: documents and blocks.
+        """
+        from lemo.kernels.prediction import mean_activity, pooled_look
+
+        stacked, look = self._stack(hidden_ND.dtype), self._look(hidden_ND.dtype, norm)
+        where = (layout.first_row_of_block, layout.block_tokens, layout.block_size)
+        if not self.pooled:
+            return mean_activity(hidden_ND, look, stacked.second, stacked.third[:, 0], *where)[:, None]
+        pooled = pooled_look(hidden_ND, look, *where)
+        places = _places_of_batch(layout.blocks_per_document, hidden_ND.device)
+        return self._later(torch.cat([pooled, places], 1), stacked)
+
+    @staticmethod
+    def _later(seen: Tensor, stacked: _Stacked) -> Tensor:
+        return torch.relu(torch.relu(seen @ stacked.second) @ stacked.third)
+
+    @torch.no_grad()
+    def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
+        """The first matrices for inputs before their norm. Made anew where the norm's weights have changed."""
+        from lemo.kernels.prediction import FirstLook
+
+        made_from = (dtype, norm.weight.data_ptr(), norm.weight._version, norm.eps)
+        if self._first_look is not None and self._first_look[0] == made_from:
+            return self._first_look[1]
+        first = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
+        shift = -self.center if norm.bias is None else norm.bias.float() - self.center
+        matrix = (first * norm.weight.float()).to(dtype).contiguous()
+        look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
+        self._first_look = (made_from, look)
+        return look
 
     @torch.no_grad()
     def _stack(self, dtype: torch.dtype) -> _Stacked:
@@ -179,7 +228,7 @@ class Predictor(nn.Module):
         first = torch.cat([network.matrices[0] for network in networks]) / self.spread
         bias = -(first @ self.center)
         later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
-        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second.T.to(later), third.T.to(later))
+        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second.T.to(later).contiguous(), third.T.to(later))
         return self._stacked
 
     @property
@@ -199,6 +248,10 @@ class Predictor(nn.Module):
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         """One document's block scores, fp32 [n], as `lemo.selection.scores` computes them from exact ones."""
+        return self.scores(self.outputs(x_ND, blocks), causal)
+
+    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
+        """One document's block scores, [n], from the networks' outputs."""
         raise NotImplementedError
 
 
@@ -218,12 +271,13 @@ class AttentionPredictor(Predictor):
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
         return (query @ key.T).tril()
 
-    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-        query, key = self.outputs(x_ND, blocks).chunk(2, 1)
+    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
+        # torch adds up along rows ten times as fast as along columns.
+        query, key = outputs_no.T.contiguous().chunk(2, 0)
         if not causal:
-            later = query.flip(0).cumsum(0).flip(0)
-            return torch.linalg.vecdot(later, key) / blocks.count
-        return causal_view(torch.linalg.vecdot(query, key.cumsum(0)))
+            later = query.flip(1).cumsum(1).flip(1)
+            return torch.linalg.vecdot(later, key, dim=0) / len(outputs_no)
+        return causal_view(torch.linalg.vecdot(query, key.cumsum(1), dim=0))
 
 
 class ActivityPredictor(Predictor):
@@ -237,8 +291,8 @@ class ActivityPredictor(Predictor):
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
 
-    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-        score = blocks.mean(self.outputs(x_ND, blocks))[:, 0]
+    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
+        score = outputs_no[:, 0]
         return from_predecessor(score) if causal else score
 
 
@@ -248,20 +302,35 @@ KINDS: dict[str, type[AttentionPredictor] | type[ActivityPredictor]] = {
 }
 
 
-def predicted_scores(predictor: Predictor, normed_ND: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+def predicted_scores(
+    predictor: Predictor,
+    hidden_ND: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    weights: NormWeights | None,
+    layout: SequenceLayout,
+    causal: bool,
+) -> Tensor:
     """Estimated block scores of a batch, fp32 [blocks].
 
     Args:
         predictor: of the branch.
-        normed_ND: the branch's normalised input, [B·T, D].
+        hidden_ND: what goes into the branch's norm, [B·T, D].
+        norm: that norm.
+        weights: the norm's, None if they aren't known; then it runs, and no kernel.
         layout: documents and blocks.
         causal: the score that looks at earlier blocks only.
     """
+    numbers = sum(network.widths[0] for network in predictor.by_name.values())
+    backend = prediction_backend(hidden_ND, layout.block_size, numbers, weights is not None)
     # Thresholds were chosen for scores computed so.
-    with torch.autocast(normed_ND.device.type, enabled=False):
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        if backend == "triton" and weights is not None:
+            parts = predictor.outputs_by_kernel(hidden_ND, weights, layout).split(layout.blocks_per_document)
+            return torch.cat([predictor.scores(part, causal) for part in parts])
+        normed = norm(hidden_ND)
         return torch.cat(
             [
-                predictor.informativeness(normed_ND[first:end], Blocks(end - first, layout.block_size), causal)
+                predictor.informativeness(normed[first:end], Blocks(end - first, layout.block_size), causal)
                 for first, end in layout.documents
             ]
         )

@@ -31,7 +31,7 @@ from lemo.sparse.attention import attend_rows
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.dropout import RowDropout, on_rows
 from lemo.sparse.view import LayerView, Rotary
-from lemo.types import SequenceLayout, TokenPlan
+from lemo.types import NormWeights, SequenceLayout, TokenPlan
 
 _ACTIVITY_TILE_BYTES = 256 * 2**20
 
@@ -156,9 +156,10 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         return plan_of_everything(layout)
     with NoDropout():
         hidden = hidden_BTD.flatten(0, 1)
-        normed = hidden if view.post_norm else view.attention_norm(hidden)
         if call.attention_predictor is not None:
-            return _predicted(call.attention_predictor, normed, call, selection)
+            norm, weights = view.attention_norm, view.attention_norm_weights
+            return _predicted(call.attention_predictor, hidden, norm, weights, call, selection)
+        normed = hidden if view.post_norm else view.attention_norm(hidden)
         q = view.query(normed, call.rotary)
         k, _ = view.key_value(normed, call.rotary)
         scores = [
@@ -181,8 +182,7 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         return plan_of_everything(layout)
     if call.mlp_predictor is not None:
         hidden = hidden_BTD.flatten(0, 1)
-        normed = hidden if view.post_norm else view.mlp_norm(hidden)
-        return _predicted(call.mlp_predictor, normed, call, selection)
+        return _predicted(call.mlp_predictor, hidden, view.mlp_norm, view.mlp_norm_weights, call, selection)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
@@ -195,8 +195,17 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     return select_by_score(score, layout, selection, call.layer)
 
 
-def _predicted(predictor: Predictor, normed_ND: Tensor, call: ForwardCall, selection: BranchSelection) -> TokenPlan:
-    score = predicted_scores(predictor, normed_ND, call.layout, call.config.score == "causal")
+def _predicted(
+    predictor: Predictor,
+    hidden_ND: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    weights: NormWeights | None,
+    call: ForwardCall,
+    selection: BranchSelection,
+) -> TokenPlan:
+    if call.view.post_norm:
+        norm, weights = (lambda hidden: hidden), None
+    score = predicted_scores(predictor, hidden_ND, norm, weights, call.layout, call.config.score == "causal")
     return select_by_score(score, call.layout, selection, call.layer)
 
 

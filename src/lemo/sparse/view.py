@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from lemo.types import NormWeights
+
 Rotary = tuple[Tensor, Tensor] | None
 
 
@@ -53,6 +55,14 @@ class LayerView(Protocol):
 
     def mlp_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the MLP branch."""
+
+    @property
+    def attention_norm_weights(self) -> NormWeights | None:
+        """The attention branch's norm, for a kernel that computes it by itself; None if it isn't known."""
+
+    @property
+    def mlp_norm_weights(self) -> NormWeights | None:
+        """The MLP branch's."""
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
         """Positioned queries [H, N, d]."""
