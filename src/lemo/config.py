@@ -308,11 +308,11 @@ class PredictorConfig(Frozen):
     """
 
     widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64, 32)
-    steps: int = Field(default=1024, ge=1)
+    steps: int = Field(default=4096, ge=1)
     memory_gib: float = Field(default=8.0, gt=0)
     learning_rate: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    prune_above: float = Field(default=0.65, gt=0, le=1)
+    weight_decay: float = Field(default=1.0, ge=0)
+    prune_above: float = Field(default=0.75, gt=0, le=1)
     prune_every: int = Field(default=64, ge=1)
 
 

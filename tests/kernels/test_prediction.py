@@ -18,7 +18,13 @@ pytest.importorskip("triton")
 from lemo.kernels.prediction import FirstLook, mean_activity, pooled_look
 
 # D, numbers, width of the second matrix, tokens a block.
-SIZES = {"small": (40, 5, 4, 16), "odd": (200, 37, 19, 24), "wide": (128, 130, 64, 64), "one token": (64, 16, 16, 1)}
+SIZES = {
+    "small": (40, 5, 4, 16),
+    "odd": (200, 37, 19, 24),
+    "default": (576, 128, 64, 64),
+    "blocks of 128": (136, 100, 20, 128),
+    "one token": (64, 16, 16, 1),
+}
 
 
 def layout_of(block: int) -> SequenceLayout:

@@ -43,7 +43,7 @@ def pooled_look(hidden_ND: Tensor, look: FirstLook, first_row_n: Tensor, tokens_
 
     Args:
         hidden_ND: the residual stream, rows contiguous in memory.
-        look: of all networks together, r at most 256.
+        look: of all networks together, r at most 128.
         first_row_n, tokens_n: each block's rows, int64.
         block: most tokens of one, at most 128.
     """
@@ -88,7 +88,7 @@ def _launch(
             D=D, R=r, M=m, BB=max(16, triton.next_power_of_2(block)), BR=max(16, triton.next_power_of_2(r)),
             BM=max(16, triton.next_power_of_2(m)), BK=_COLUMNS, CENTERED=look.sums is not None,
             ACTIVITY=second is not None, PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
-            num_warps=8 if r > 128 else 4, num_stages=3,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lemo.config import PredictorConfig
 from lemo.selection.elastic import ZeroCounts, prune
@@ -53,6 +54,10 @@ class _Remembered:
         return sum(x.numel() * x.element_size() for x in (self.x, self.exact, *self.logs))
 
 
+# What the loss's parts count.
+_ORDER, _LOGARITHMS, _PAIRS = 1.0, 0.3, 0.1
+# A block's score is compared with so many others' in a step.
+_COMPARED_WITH = 64
 # Neurons at zero are counted in every so manieth step: some documents tell enough.
 _COUNT_EVERY = 4
 
@@ -142,16 +147,18 @@ class PredictorTraining:
             grad *= factor[:, None, None, None]
 
     def _loss(self, example: _Remembered) -> Tensor:
-        """Of each layer, [L]."""
+        """Of each layer, [L]: the scores' order, their logarithms, and of attention the pairs they are sums of."""
         active = self.stack(example.x, example.blocks)
         if self.step % _COUNT_EVERY == 0:
             self._counts.add(active)
         estimates = self.stack.estimates(active)
-        compared = zip(self._compared(estimates, example.blocks), example.logs, strict=True)
-        loss = torch.stack([_log_error(_log(score) - log) for score, log in compared]).sum(0)
+        logs = [_log(score) for score in self._compared(estimates, example.blocks)]
+        errors = [_log_error(log - wanted) for log, wanted in zip(logs, example.logs, strict=True)]
+        loss = _LOGARITHMS * torch.stack(errors).sum(0)
+        loss = loss + _ORDER * _order_error(logs[0], example.logs[0], self._generator)
         if self.stack.pairs:
-            # Where scores lie: of the pairs a few are large.
-            loss = loss + (estimates - example.exact).square().sum((1, 2)) / example.square
+            # Of the pairs a few are large, which the sums alone don't say.
+            loss = loss + _PAIRS * (estimates - example.exact).square().sum((1, 2)) / example.square
         return loss
 
 
@@ -160,11 +167,29 @@ def _log(score: Tensor) -> Tensor:
 
 
 def _log_error(difference: Tensor) -> Tensor:
-    """Variance of the logarithms' difference in the document, which decides the order in it, and a tenth of its mean.
+    """Variance of the logarithms' difference in the document, and a tenth of its squared mean, [L].
 
     The mean counts because thresholds are compared across documents.
     """
     return difference.var(-1, correction=0) + 0.1 * difference.mean(-1).square()
+
+
+def _order_error(found: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+    """Of pairs of blocks, how wrong their order is: the logistic loss of the difference, mean over pairs, [L].
+
+    Args:
+        found, wanted: logarithms of block scores, [L, n].
+        generator: draws whom each block is compared with, where not with all.
+    """
+    n = found.shape[1]
+    if n < 2:
+        return found.new_zeros(len(found))
+    offsets = torch.arange(1, n) if n - 1 <= _COMPARED_WITH else 1 + torch.randperm(n - 1, generator=generator)
+    other = (torch.arange(n) + offsets[:_COMPARED_WITH, None]).remainder(n).to(found.device)
+    unit = wanted.std(1, correction=0).clamp(min=1e-3)[:, None, None] / 4
+    apart = (found[:, None] - found[:, other]) / unit
+    order = torch.sign(wanted[:, None] - wanted[:, other])
+    return (functional.softplus(-apart * order) * order.abs()).mean((1, 2))
 
 
 def recall(predicted: Tensor, exact: Tensor, keep: float) -> float:
