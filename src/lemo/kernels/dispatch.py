@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
+WIDEST_ROW = 32768
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
 HALF = (torch.float16, torch.bfloat16)
@@ -41,12 +42,8 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str:
 
 
 def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | None:
-    if plain_torch():
-        return "LEMO_KERNELS=torch asks for it"
-    if q.device.type != "cuda":
-        return f"Triton kernels need a CUDA device, the tensors are on {q.device.type}"
-    if not _has_triton():
-        return "triton isn't installed"
+    if reason := _reason_against_any(q):
+        return reason
     if dropout:
         return "the kernel has no attention dropout"
     if q.shape[-1] > LARGEST_HEAD or v.shape[-1] != q.shape[-1]:
@@ -69,6 +66,37 @@ def _reason_against_scores(q: Tensor, k: Tensor, block_size: int) -> str | None:
     if q.shape[-1] * q.element_size() > SCORED_BYTES:
         return f"the kernel takes heads of {SCORED_BYTES} bytes a row, not {q.shape[-1]} of {q.dtype}"
     return _reason_against(q, k, k, dropout=False)
+
+
+def movement_backend(*tensors: Tensor) -> str:
+    """`triton` or `torch` for moving rows of the first tensor; logged once for every reason.
+
+    Args:
+        tensors: the stream [T, D], and whatever floating tensors are read or written with its rows.
+    """
+    reason = _reason_against_movement(tensors)
+    _note("movement of selected rows", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_movement(tensors: tuple[Tensor, ...]) -> str | None:
+    stream = tensors[0]
+    if reason := _reason_against_any(stream):
+        return reason
+    if stream.shape[-1] > WIDEST_ROW:
+        return f"the kernels take rows of at most {WIDEST_ROW} numbers, not {stream.shape[-1]}"
+    if odd := {str(x.dtype) for x in tensors if x.dtype not in _DTYPES}:
+        return f"the kernels take fp32, fp16 and bf16, not {', '.join(sorted(odd))}"
+    return None
+
+
+def _reason_against_any(x: Tensor) -> str | None:
+    """What keeps every Triton kernel from running."""
+    if plain_torch():
+        return "LEMO_KERNELS=torch asks for it"
+    if x.device.type != "cuda":
+        return f"Triton kernels need a CUDA device, the tensors are on {x.device.type}"
+    return None if _has_triton() else "triton isn't installed"
 
 
 def prefix_by_library(q: Tensor) -> bool:
