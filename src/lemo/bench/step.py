@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
 from lemo.bench.step_config import LIGER, StepConfig, StepMethod, load_step
+from lemo.bench.timing import timed
 from lemo.config import RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
@@ -302,19 +302,3 @@ def record(
 def _holds(rows: list[Record], place: Place, method: StepMethod) -> bool:
     wanted = (place.shape, place.layers, place.T, method.method, method.setting, records.device_name())
     return any((r.shape, (r.details or {}).get("layers"), r.T, r.method, r.setting, r.gpu) == wanted for r in rows)
-
-
-@contextmanager
-def timed(device: str) -> Iterator[list[float]]:
-    """Seconds until the device has done the work inside, in the list's only place."""
-
-    def wait() -> None:
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    wait()
-    seconds = [0.0]
-    start = time.perf_counter()
-    yield seconds
-    wait()
-    seconds[0] = time.perf_counter() - start
