@@ -12,6 +12,7 @@ from test_bypass import inputs_of
 from test_forward import compare
 from torch import Tensor, nn
 
+import lemo
 from lemo.kernels import reference
 from lemo.models import fit_bypasses
 from lemo.sparse import forward
@@ -32,7 +33,8 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         run = getattr(kernels, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
+            # Without rows it is the backward that wants the norm again.
+            calls["norm again" if name == "gather_norm" and args[1] is None else name] += 1
             return run(*args, **kwargs)
 
         return call
@@ -53,7 +55,7 @@ def test_equals_masked_dense(family: str, name: str, by_kernels: Counter[str], d
     # Two branches of layer 2, one each of 0 and 1; norms on the residual path aren't the branches'.
     assert by_kernels["add_rows_"] >= 4
     assert by_kernels["gather_norm"] == (0 if family == "opt-350m" else 4)
-    assert by_kernels["add_norm_gradient_"] == by_kernels["gather_norm"]
+    assert by_kernels["add_norm_gradient_"] == by_kernels["norm again"] == by_kernels["gather_norm"]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -75,6 +77,7 @@ def test_gradient_checkpointing(reentrant: bool, by_kernels: Counter[str], devic
         sparse.enable_input_require_grads()
     compare(dense, sparse, make_batch("right", device))
     assert by_kernels["gather_norm"] == 12
+    assert by_kernels["norm again"] == 0
 
 
 def test_a_watched_norm_is_called_as_a_module(by_kernels: Counter[str], device: torch.device) -> None:
@@ -88,23 +91,37 @@ def test_a_watched_norm_is_called_as_a_module(by_kernels: Counter[str], device: 
     assert by_kernels["gather_norm"] == 5
 
 
-def held(model: nn.Module, batch: Any) -> list[Tensor]:
-    """One tensor for each storage that a forward of the decoder saves for its backward, parameters left out."""
+def held(model: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """One tensor for each storage that a forward of the decoder stores for its backward, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, Tensor] = {}
+    stored: dict[int, Tensor] = {}
 
-    def pack(x: Tensor) -> Tensor:
-        if x.is_floating_point() and x.untyped_storage().data_ptr() not in parameters:
-            saved.setdefault(x.untyped_storage().data_ptr(), x)
+    def note(x: Any) -> Any:
+        tensors = (
+            [x] if isinstance(x, Tensor) else [*x._again.args, *getattr(x._again.args[1], "__dict__", {}).values()]
+        )
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                stored.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.get_decoder()(**batch.inputs(labels=False))
-    return list(saved.values())
+    hooks_of_torch = torch.autograd.graph.saved_tensors_hooks
+    # Inner hooks hide from outer ones what they pack.
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.autograd.graph,
+            "saved_tensors_hooks",
+            lambda pack, unpack: hooks_of_torch(lambda x: note(pack(x)), unpack),
+        )
+        with hooks_of_torch(note, lambda x: x):
+            model.get_decoder()(**batch.inputs(labels=False))
+    return [tensor for memory, tensor in stored.items() if memory not in parameters]
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
-def test_nothing_of_every_row_is_stored(by_kernel: bool, device: torch.device, request: pytest.FixtureRequest) -> None:
+def test_nothing_of_every_row_is_stored(
+    by_kernel: bool, device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if by_kernel:
         request.getfixturevalue("by_kernels")
     dense, sparse = pair("llama", device, config(mode="forward", keep=0.25, block_size=2))
@@ -112,11 +129,30 @@ def test_nothing_of_every_row_is_stored(by_kernel: bool, device: torch.device, r
     rows, width = batch.rows, 32
 
     def whole(model: nn.Module) -> int:
-        return sum(x.untyped_storage().nbytes() >= 4 * rows * width for x in held(model, batch))
+        return sum(x.untyped_storage().nbytes() >= 4 * rows * width for x in held(model, batch, monkeypatch))
 
     assert whole(dense) >= 3 * 4
     # What the model's last norm saves.
     assert whole(sparse) == 1
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5])
+def test_what_is_stored_is_what_the_count_says(
+    keep: float, by_kernels: Counter[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each kept row: both branches' inputs before their norms, q, k, v, attention's output, gate and up."""
+    dense, sparse = pair("llama", device, config(mode="forward", keep=keep, block_size=1))
+    batch = make_batch("plain", device)
+    # Besides what goes into seven LoRA products (rank 4), the rotation's numbers, and attention's denominators.
+    count = 2 * 32 + (32 + 16 + 16 + 32) + 2 * 56 + 7 * 4 + 2 * 8 + 4
+    # The model's last norm saves all rows, and a number for each.
+    stored = sum(x.untyped_storage().nbytes() for x in held(sparse, batch, monkeypatch)) - 4 * batch.rows * (32 + 1)
+    runtime = lemo.models.get_runtime(sparse)
+    assert runtime is not None
+    kept = sum(len(plan.rows) for (_, branch), plan in runtime.last_plans.items() if branch == "mlp")
+    assert stored == pytest.approx(4 * kept * count, rel=0 if device.type == "cpu" else 0.1)
+    everything = sum(x.untyped_storage().nbytes() for x in held(dense, batch, monkeypatch))
+    assert everything > 2.5 * stored / keep / 2
 
 
 def test_inputs_outputs_and_gradients_of_others_are_left_alone(by_kernels: Counter[str], device: torch.device) -> None:

@@ -90,6 +90,16 @@ def _reason_against_movement(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
+def gated_backend(gate: Tensor, up: Tensor) -> str:
+    """`triton` or `torch` for SiLU times a projection; logged once for every reason."""
+    reason = _reason_against_any(gate)
+    if reason is None and (gate.dtype not in HALF or up.dtype != gate.dtype):
+        # In fp32 numbers stay bitwise the unmodified model's.
+        reason = f"the kernel takes one dtype of fp16 and bf16, not {gate.dtype} and {up.dtype}"
+    _note("SiLU times a projection", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
 def _reason_against_any(x: Tensor) -> str | None:
     """What keeps every Triton kernel from running."""
     if plain_torch():

@@ -145,3 +145,17 @@ def _standard(x_ND: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, in fp32 or wider."""
+    gate_wide = _wide(gate)
+    return (gate_wide * gate_wide.sigmoid() * _wide(up)).to(gate.dtype)
+
+
+def silu_times_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    grad_wide, gate_wide = _wide(grad), _wide(gate)
+    share = gate_wide.sigmoid()
+    of_gate = grad_wide * _wide(up) * share * (1 + gate_wide * (1 - share))
+    return of_gate.to(gate.dtype), (grad_wide * gate_wide * share).to(up.dtype)

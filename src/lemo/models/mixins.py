@@ -171,6 +171,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
+    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     call = forward.ForwardCall(
         view,
         state.layout,
@@ -182,6 +183,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.bypasses.get((index, "mlp")),
         runtime.predictors.get((index, "attention")),
         runtime.predictors.get((index, "mlp")),
+        checkpointed,
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans(_dropout_seed(view))
@@ -191,7 +193,6 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
             return cls_forward(x, **kwargs)
         return forward.run_layer(x, call, plans)
 
-    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     out = layer._gradient_checkpointing_func(run, hidden) if checkpointed else run(hidden)
     if plans.attention is not None and plans.mlp is not None:
         runtime.record(index, plans.attention, plans.mlp)

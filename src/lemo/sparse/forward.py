@@ -32,12 +32,14 @@ from lemo.selection.scores import (
 from lemo.sparse.attention import attend_rows
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.dropout import RowDropout, on_rows
-from lemo.sparse.movement import add_rows, own_gradient, own_stream, read_normed, read_rows
+from lemo.sparse.movement import add_rows, norm_again, own_gradient, own_stream, read_normed, read_rows
 from lemo.sparse.parts import part
+from lemo.sparse.recompute import recomputed
 from lemo.sparse.view import Branch, LayerView, Rotary
 from lemo.types import SequenceLayout, TokenPlan
 
 _ACTIVITY_TILE_BYTES = 256 * 2**20
+Again = Callable[[], Tensor] | None
 
 
 @dataclass
@@ -67,6 +69,7 @@ class ForwardCall:
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
         attention_bypass, mlp_bypass: what eliminated rows get in the branch's place; None for nothing.
         attention_predictor, mlp_predictor: give the scores in place of exact ones; None computes them.
+        checkpointed: whether nothing of the layer but its input will be stored.
     """
 
     view: LayerView
@@ -79,6 +82,7 @@ class ForwardCall:
     mlp_bypass: Bypass | None = None
     attention_predictor: Predictor | None = None
     mlp_predictor: Predictor | None = None
+    checkpointed: bool = False
 
 
 def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Tensor:
@@ -89,7 +93,7 @@ def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Ten
         call: the layer and the batch.
         plans: filled on the first run, obeyed on the next.
     """
-    with call.view.fused():
+    with call.view.fused(store_less=not call.checkpointed):
         if plans.seed is None:
             return _run_layer(hidden_BTD, call, plans, None)
         with RowDropout(plans.seed) as dropout:
@@ -120,8 +124,8 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
             stream = stream + view.mlp(stream if view.post_norm else view.mlp_norm(stream))
     else:
 
-        def feed(normed_ND: Tensor, rows: Tensor = plans.mlp.rows) -> Tensor:
-            with on_rows(dropout, rows):
+        def feed(normed_ND: Tensor, again: Again, rows: Tensor = plans.mlp.rows) -> Tensor:
+            with on_rows(dropout, rows), recomputed(normed_ND, again):
                 return view.mlp(normed_ND)
 
         stream = own_gradient(_branch(stream, "mlp", feed, plans.mlp, call, call.mlp_bypass))
@@ -131,7 +135,7 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
 def _branch(
     stream_BTD: Tensor,
     name: Branch,
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Tensor, Again], Tensor],
     plan: TokenPlan,
     call: ForwardCall,
     bypass: Bypass | None,
@@ -140,36 +144,43 @@ def _branch(
 
     Args:
         stream_BTD: owned (`lemo.sparse.movement`).
-        run: the branch, from its normalised input to its output, [kept, D] both.
+        run: the branch, from its normalised input to its output, [kept, D] both; and what computes its input again.
     """
-    stream_BTD, normed_ND = _read(stream_BTD, plan.rows, name, call.view)
-    stream_BTD = add_rows(stream_BTD, plan.rows, run(normed_ND))
+    stream_BTD, normed_ND, again = _read(stream_BTD, plan.rows, name, call)
+    stream_BTD = add_rows(stream_BTD, plan.rows, run(normed_ND, again))
     if bypass is not None:
         left = rows_left_out(plan, call.layout)
-        stream_BTD, normed_ND = _read(stream_BTD, left, name, call.view)
+        stream_BTD, normed_ND, _ = _read(stream_BTD, left, name, call)
         stream_BTD = add_rows(stream_BTD, left, bypass(normed_ND))
     return stream_BTD
 
 
-def _read(stream_BTD: Tensor, rows: Tensor, name: Branch, view: LayerView) -> tuple[Tensor, Tensor]:
-    """The same stream, and a branch's input at some rows, [N, D]: in one pass where the norm is known to the kernel."""
+def _read(stream_BTD: Tensor, rows: Tensor, name: Branch, call: ForwardCall) -> tuple[Tensor, Tensor, Again]:
+    """The same stream, and a branch's input at some rows, [N, D]: in one pass where the norm is known to the kernel.
+
+    Then the third says how to compute it again from what is stored anyway.
+    """
+    view = call.view
     norm = None if view.post_norm else view.known_norm(name)
     if norm is not None and movement_backend(stream_BTD, norm.weight) == "triton":
-        stream_BTD, normed_ND, _ = read_normed(stream_BTD, rows, norm)
-        return stream_BTD, normed_ND
+        stream_BTD, normed_ND, kept_ND = read_normed(stream_BTD, rows, norm)
+        if kept_ND is None or call.checkpointed:
+            return stream_BTD, normed_ND, None
+        return stream_BTD, normed_ND, functools.partial(norm_again, kept_ND, norm, normed_ND.dtype)
     stream_BTD, rows_ND = read_rows(stream_BTD, rows)
-    if view.post_norm:
-        return stream_BTD, rows_ND
-    return stream_BTD, view.attention_norm(rows_ND) if name == "attention" else view.mlp_norm(rows_ND)
+    if not view.post_norm:
+        rows_ND = view.attention_norm(rows_ND) if name == "attention" else view.mlp_norm(rows_ND)
+    return stream_BTD, rows_ND, None
 
 
-def _attend(normed_ND: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
+def _attend(normed_ND: Tensor, again: Again, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
     """The attention branch of the kept rows among themselves, [kept, D]."""
     view, rotary, rows = call.view, call.rotary, plan.rows
     kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
     with on_rows(dropout, rows):
-        q = view.query(normed_ND, kept_rotary)
-        k, v = view.key_value(normed_ND, kept_rotary)
+        with recomputed(normed_ND, again):
+            q = view.query(normed_ND, kept_rotary)
+            k, v = view.key_value(normed_ND, kept_rotary)
         context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
         return view.attention_output(context)
 

@@ -63,8 +63,12 @@ class LayerView(Protocol):
     def mlp_row_bytes(self) -> int:
         """Bytes one row's activations take inside the MLP."""
 
-    def fused(self) -> AbstractContextManager[None]:
-        """Inside, adapters and norms of the layer that are recognised take fewer passes over memory."""
+    def fused(self, store_less: bool = False) -> AbstractContextManager[None]:
+        """Inside, adapters, norms and MLPs of the layer that are recognised take fewer passes over memory.
+
+        Args:
+            store_less: recompute cheap inputs of linears in the backward; not inside a checkpoint.
+        """
 
     def attention_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the attention branch."""
