@@ -118,7 +118,7 @@ def add_norm_gradient_(
         _add_norm_gradient, N, D, grad_TD, rows_N, grad_y_ND, x_ND, weight_D, sums,
         grad_TD.stride(0) if grad_TD is not None else 0, grad_y_ND.stride(0),
         sums.stride(0) if sums is not None else 0, eps,
-        each=each, CENTRED=centred, PARAMETERS=parameters,
+        each=each, CENTRED=centred, PARAMETERS=parameters, EACH=each,
     )  # fmt: skip
     if sums is None:
         return None, None
@@ -132,11 +132,10 @@ def _rows(D: int) -> int:
 
 
 def _launch(kernel, N: int, D: int, *arguments, each: int = 1, **constants) -> None:
+    """Runs a kernel over all tiles of N rows, `each` of them a program."""
     if N == 0:
         return
     BD = triton.next_power_of_2(D)
-    if kernel is _add_norm_gradient:
-        constants["EACH"] = each
     # Triton launches on the current device, whatever the tensors' is.
     device = next(x for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device_of(device):
@@ -216,8 +215,12 @@ def _add_norm_gradient(
     for part in range(EACH):
         n, d, here = _tile(tl.program_id(0) * EACH + part, N, D, BD, R)
         x = tl.load(X + n[:, None] * D + d, mask=here, other=0.0).to(tl.float32)
-        s, reciprocal = _standard(x, here, eps, D, CENTRED)
         grad_y = tl.load(GRAD_Y + n[:, None] * stride_y + d, mask=here, other=0.0).to(tl.float32)
+        if GRAD is not None:
+            # Asked for before the sums that its change waits for.
+            where = GRAD + _places(ROWS, n, N)[:, None] * stride + d
+            grad = tl.load(where, mask=here, other=0.0)
+        s, reciprocal = _standard(x, here, eps, D, CENTRED)
         if PARAMETERS:
             of_weight += tl.sum(grad_y * s, 0)
             of_bias += tl.sum(grad_y, 0)
@@ -226,9 +229,7 @@ def _add_norm_gradient(
             change = g - s * (tl.sum(g * s, 1)[:, None] / D)
             if CENTRED:
                 change -= tl.sum(g, 1)[:, None] / D
-            where = GRAD + _places(ROWS, n, N)[:, None] * stride + d
-            grad = tl.load(where, mask=here, other=0.0).to(tl.float32)
-            tl.store(where, (grad + change * reciprocal).to(GRAD.dtype.element_ty), mask=here)
+            tl.store(where, (grad.to(tl.float32) + change * reciprocal).to(GRAD.dtype.element_ty), mask=here)
     if PARAMETERS:
         d = tl.arange(0, BD)
         where = SUMS + tl.program_id(0).to(tl.int64) * D + d
