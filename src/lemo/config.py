@@ -299,7 +299,9 @@ class PredictorConfig(Frozen):
 
     Args:
         widths: rows of the three matrices before they shrink; of the last, the length of I(Q) and I(K).
-        steps: training steps of each.
+        steps: training steps; all layers' predictors make each together.
+        memory_gib: newest documents that a step's is drawn from, as many as take so many GiB on the model's device; of
+            each branch.
         learning_rate, weight_decay: AdamW's; the rate falls to zero along a cosine.
         prune_above: zero frequency over which a neuron is taken out; 1 keeps all.
         prune_every: steps between prunings.
@@ -307,6 +309,7 @@ class PredictorConfig(Frozen):
 
     widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64, 32)
     steps: int = Field(default=1024, ge=1)
+    memory_gib: float = Field(default=8.0, gt=0)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     prune_above: float = Field(default=0.65, gt=0, le=1)

@@ -67,11 +67,11 @@ def test_movement_reaches_the_last_of_over_2_31_numbers(device: torch.device) ->
     found = []
     for stream, gradient, where in ((x, grad, rows), (near, near_grad, near_rows)):
         normed, kept = movement.gather_norm(
-            stream, where, weight, None, 1e-5, centred=False, dtype=torch.bfloat16, keep_rows=True
+            stream, where, weight, None, 1e-5, centered=False, dtype=torch.bfloat16, keep_rows=True
         )
         assert kept is not None
         movement.add_rows_(stream, where, y)
-        movement.add_norm_gradient_(gradient, where, grad_y, kept, weight, 1e-5, centred=False)
+        movement.add_norm_gradient_(gradient, where, grad_y, kept, weight, 1e-5, centered=False)
         found.append((normed, kept))
     assert all(torch.equal(far, close) for far, close in zip(*found, strict=True))
     assert torch.equal(x[-last:], near)

@@ -81,15 +81,15 @@ def test_rows_are_gathered_and_added_to_in_place(name, D, monkeypatch):
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_norm_of_rows_and_its_gradients(dtype, name, D, kind, monkeypatch):
-    rows, centred = ROWS[name].to(DEVICE), KINDS[kind]
+    rows, centered = ROWS[name].to(DEVICE), KINDS[kind]
     x = stream(D, dtype, ROWS[name], wide=True)
-    weight, bias = 1 + 0.3 * draw(D, dtype=dtype, seed=2), draw(D, dtype=dtype, seed=3) if centred else None
+    weight, bias = 1 + 0.3 * draw(D, dtype=dtype, seed=2), draw(D, dtype=dtype, seed=3) if centered else None
     grad_y = draw(len(rows), D, dtype=dtype, seed=4)
     grad = stream(D, dtype, ROWS[name])
     # In fp64 by autograd of plain torch, not by the twin's formulas.
     leaves = [t.double().requires_grad_() for t in (x[rows], weight)]
     leaves += [] if bias is None else [bias.double().requires_grad_()]
-    if centred:
+    if centered:
         wanted = torch.nn.functional.layer_norm(leaves[0], (D,), leaves[1], leaves[2], 1e-3)
     else:
         wanted = torch.nn.functional.rms_norm(leaves[0], (D,), leaves[1], 1e-3)
@@ -98,9 +98,9 @@ def test_a_norm_of_rows_and_its_gradients(dtype, name, D, kind, monkeypatch):
         mine, before = grad.clone(), grad.clone()
         with monkeypatch.context() as patch:
             poisoned(patch)
-            y, kept = run.gather_norm(x, rows, weight, bias, 1e-3, centred=centred, dtype=dtype, keep_rows=True)
+            y, kept = run.gather_norm(x, rows, weight, bias, 1e-3, centered=centered, dtype=dtype, keep_rows=True)
             assert kept is not None
-            sums = run.add_norm_gradient_(mine, rows, grad_y, kept, weight, 1e-3, centred=centred, parameters=True)
+            sums = run.add_norm_gradient_(mine, rows, grad_y, kept, weight, 1e-3, centered=centered, parameters=True)
         assert torch.equal(kept, x[rows])
         close(y, wanted.detach(), dtype)
         close(mine[rows], of_rows + before[rows].double(), dtype)
@@ -109,9 +109,9 @@ def test_a_norm_of_rows_and_its_gradients(dtype, name, D, kind, monkeypatch):
             assert found is not None
             torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
         alone = grad.clone()
-        assert run.add_norm_gradient_(alone, rows, grad_y, kept, weight, 1e-3, centred=centred) == (None, None)
+        assert run.add_norm_gradient_(alone, rows, grad_y, kept, weight, 1e-3, centered=centered) == (None, None)
         assert torch.equal(alone.nan_to_num(), mine.nan_to_num())
-        again, nothing = run.gather_norm(kept, None, weight, bias, 1e-3, centred=centred, dtype=dtype)
+        again, nothing = run.gather_norm(kept, None, weight, bias, 1e-3, centered=centered, dtype=dtype)
         assert nothing is None
         assert torch.equal(again, y)
 
@@ -121,16 +121,16 @@ def test_dtypes_may_differ():
     rows = ROWS["blocks"].to(DEVICE)
     x, weight = draw(T, 40, dtype=torch.float32), draw(40, dtype=torch.bfloat16, seed=1)
     y, kept = movement.gather_norm(
-        x, rows, weight, None, 1e-5, centred=False, dtype=torch.float16, keep_rows=True
+        x, rows, weight, None, 1e-5, centered=False, dtype=torch.float16, keep_rows=True
     )  # fmt: skip
     assert kept is not None
     assert (y.dtype, kept.dtype) == (torch.float16, torch.float32)
-    wanted, _ = reference.gather_norm(x, rows, weight, None, 1e-5, centred=False, dtype=torch.float64)
+    wanted, _ = reference.gather_norm(x, rows, weight, None, 1e-5, centered=False, dtype=torch.float64)
     close(y, wanted, torch.float16)
     grad, grad_y = (draw(n, 40, dtype=d, seed=5) for n, d in ((T, torch.float32), (len(rows), torch.float16)))
     twin = grad.clone()
-    movement.add_norm_gradient_(grad, rows, grad_y, kept, weight, 1e-5, centred=False)
-    reference.add_norm_gradient_(twin, rows, grad_y, kept, weight, 1e-5, centred=False)
+    movement.add_norm_gradient_(grad, rows, grad_y, kept, weight, 1e-5, centered=False)
+    reference.add_norm_gradient_(twin, rows, grad_y, kept, weight, 1e-5, centered=False)
     torch.testing.assert_close(grad, twin, rtol=1e-5, atol=1e-5)
 
 
@@ -140,9 +140,9 @@ def test_many_tiles_share_the_sums_of_a_trained_norm(monkeypatch):
     x, grad_y, weight = (
         draw(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate(((90, 4096), (90, 4096), (4096,)))
     )
-    found = movement.add_norm_gradient_(None, None, grad_y, x, weight, 1e-5, centred=True, parameters=True)
-    twin = reference.add_norm_gradient_(None, None, grad_y, x, weight, 1e-5, centred=True, parameters=True)
+    found = movement.add_norm_gradient_(None, None, grad_y, x, weight, 1e-5, centered=True, parameters=True)
+    twin = reference.add_norm_gradient_(None, None, grad_y, x, weight, 1e-5, centered=True, parameters=True)
     for mine, right in zip(found, twin, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
-    again = movement.add_norm_gradient_(None, None, grad_y, x, weight, 1e-5, centred=True, parameters=True)
+    again = movement.add_norm_gradient_(None, None, grad_y, x, weight, 1e-5, centered=True, parameters=True)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))

@@ -136,13 +136,13 @@ def _by(ops: Callable[[], ModuleType], *parts: str) -> _Call:
             if "read" in parts:
                 found.append(module.gather_rows(t.x, t.rows))
             if "norm" in parts:
-                found.append(module.gather_norm(t.x, t.rows, t.weight, None, _EPS, centred=False, dtype=t.x.dtype)[0])
+                found.append(module.gather_norm(t.x, t.rows, t.weight, None, _EPS, centered=False, dtype=t.x.dtype)[0])
             if "add" in parts:
                 module.add_rows_(t.x, t.rows, t.y)
                 found.append(t.x)
             if "back" in parts:
                 found.append(module.gather_rows(t.grad, t.rows))
-                module.add_norm_gradient_(t.grad, t.rows, t.grad_y, t.kept, t.weight, _EPS, centred=False)
+                module.add_norm_gradient_(t.grad, t.rows, t.grad_y, t.kept, t.weight, _EPS, centered=False)
                 found.append(t.grad)
             return tuple(found)
 

@@ -17,6 +17,8 @@ LARGEST_HEAD = 256
 WIDEST_ROW = 32768
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
+LARGEST_PREDICTED_BLOCK = 128
+MOST_NUMBERS = 256
 HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *HALF)
 _log = logging.getLogger("lemo")
@@ -98,6 +100,25 @@ def gated_backend(gate: Tensor, up: Tensor) -> str:
         reason = f"the kernel takes one dtype of fp16 and bf16, not {gate.dtype} and {up.dtype}"
     _note("SiLU times a projection", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
+
+
+def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str:
+    """`triton` or `torch` for a predictor's look at every token; logged once for every reason."""
+    reason = _reason_against_prediction(x, block_size, numbers, norm_known)
+    _note("prediction of informativeness", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str | None:
+    if reason := _reason_against_any(x):
+        return reason
+    if not norm_known:
+        return "the kernel knows RMS norms and LayerNorm, before the branch"
+    if block_size > LARGEST_PREDICTED_BLOCK:
+        return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
+    if numbers > MOST_NUMBERS:
+        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
+    return None if x.dtype in _DTYPES else f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
 
 
 def _reason_against_any(x: Tensor) -> str | None:

@@ -45,7 +45,7 @@ def gather_norm(
     bias_D: Tensor | None,
     eps: float,
     *,
-    centred: bool,
+    centered: bool,
     dtype: torch.dtype,
     keep_rows: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -56,7 +56,7 @@ def gather_norm(
         rows_N: int64; None for all of x.
         weight_D, bias_D: the norm's, any floating dtype; bias None for none.
         eps: added to the variance.
-        centred: LayerNorm; otherwise RMS-norm.
+        centered: LayerNorm; otherwise RMS-norm.
         dtype: of the normalised rows.
         keep_rows: for the backward.
     """
@@ -65,7 +65,7 @@ def gather_norm(
     out_ND = torch.empty(N, D, device=x_TD.device, dtype=dtype)
     kept_ND = torch.empty(N, D, device=x_TD.device, dtype=x_TD.dtype) if keep_rows else None
     _launch(
-        _gather_norm, N, D, x_TD, rows_N, weight_D, bias_D, out_ND, kept_ND, x_TD.stride(0), eps, CENTRED=centred
+        _gather_norm, N, D, x_TD, rows_N, weight_D, bias_D, out_ND, kept_ND, x_TD.stride(0), eps, CENTERED=centered
     )  # fmt: skip
     return out_ND, kept_ND
 
@@ -89,7 +89,7 @@ def add_norm_gradient_(
     weight_D: Tensor,
     eps: float,
     *,
-    centred: bool,
+    centered: bool,
     parameters: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward of `gather_norm`: adds the gradient of the rows to `grad[rows]`, in place.
@@ -100,7 +100,7 @@ def add_norm_gradient_(
         grad_y_ND: gradient of the normalised rows, contiguous rows.
         x_ND: the rows, as `gather_norm` kept them.
         weight_D: the norm's.
-        eps, centred: as above.
+        eps, centered: as above.
         parameters: whether the norm trains.
 
     Returns:
@@ -118,7 +118,7 @@ def add_norm_gradient_(
         _add_norm_gradient, N, D, grad_TD, rows_N, grad_y_ND, x_ND, weight_D, sums,
         grad_TD.stride(0) if grad_TD is not None else 0, grad_y_ND.stride(0),
         sums.stride(0) if sums is not None else 0, eps,
-        each=each, CENTRED=centred, PARAMETERS=parameters, EACH=each,
+        each=each, CENTERED=centered, PARAMETERS=parameters, EACH=each,
     )  # fmt: skip
     if sums is None:
         return None, None
@@ -162,9 +162,9 @@ def _places(ROWS, n, N):
 
 
 @triton.jit
-def _standard(x, here, eps, D: tl.constexpr, CENTRED: tl.constexpr):
+def _standard(x, here, eps, D: tl.constexpr, CENTERED: tl.constexpr):
     """Standardised rows, and the reciprocal of their standard deviation [R, 1]."""
-    if CENTRED:
+    if CENTERED:
         x = tl.where(here, x - tl.sum(x, 1)[:, None] / D, 0.0)
     reciprocal = 1.0 / tl.sqrt(tl.sum(x * x, 1)[:, None] / D + eps)
     return x * reciprocal, reciprocal
@@ -180,13 +180,13 @@ def _gather_rows(X, ROWS, OUT, stride, N, D: tl.constexpr, BD: tl.constexpr, R: 
 @triton.jit
 def _gather_norm(
     X, ROWS, WEIGHT, BIAS, OUT, KEPT, stride, eps, N,
-    D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     n, d, here = _tile(tl.program_id(0), N, D, BD, R)
     x = tl.load(X + _places(ROWS, n, N)[:, None] * stride + d, mask=here, other=0.0)
     if KEPT is not None:
         tl.store(KEPT + n[:, None] * D + d, x, mask=here)
-    y, _ = _standard(x.to(tl.float32), here, eps, D, CENTRED)
+    y, _ = _standard(x.to(tl.float32), here, eps, D, CENTERED)
     y *= tl.load(WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)
     if BIAS is not None:
         y += tl.load(BIAS + d, mask=d < D, other=0.0).to(tl.float32)
@@ -206,9 +206,9 @@ def _add_rows(X, ROWS, Y, stride, stride_y, N, D: tl.constexpr, BD: tl.constexpr
 def _add_norm_gradient(
     GRAD, ROWS, GRAD_Y, X, WEIGHT, SUMS, stride, stride_y, stride_sums, eps, N,
     D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-    CENTRED: tl.constexpr, PARAMETERS: tl.constexpr, EACH: tl.constexpr,
+    CENTERED: tl.constexpr, PARAMETERS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """With standardised rows s and g = grad_y · weight: (g - s mean(g s)) / σ, and centred where the norm is."""
+    """With standardised rows s and g = grad_y · weight: (g - s mean(g s)) / σ, and centered where the norm is."""
     weight = tl.load(WEIGHT + tl.arange(0, BD)[None, :], mask=tl.arange(0, BD)[None, :] < D, other=0.0).to(tl.float32)
     of_weight = tl.zeros([BD], tl.float32)
     of_bias = tl.zeros([BD], tl.float32)
@@ -220,14 +220,14 @@ def _add_norm_gradient(
             # Asked for before the sums that its change waits for.
             where = GRAD + _places(ROWS, n, N)[:, None] * stride + d
             grad = tl.load(where, mask=here, other=0.0)
-        s, reciprocal = _standard(x, here, eps, D, CENTRED)
+        s, reciprocal = _standard(x, here, eps, D, CENTERED)
         if PARAMETERS:
             of_weight += tl.sum(grad_y * s, 0)
             of_bias += tl.sum(grad_y, 0)
         if GRAD is not None:
             g = grad_y * weight
             change = g - s * (tl.sum(g * s, 1)[:, None] / D)
-            if CENTRED:
+            if CENTERED:
                 change -= tl.sum(g, 1)[:, None] / D
             tl.store(where, (grad.to(tl.float32) + change * reciprocal).to(GRAD.dtype.element_ty), mask=here)
     if PARAMETERS:

@@ -56,6 +56,19 @@ def block_pair_scores(
     return padded.view(blocks, block_size, blocks, block_size).amax((1, 3))
 
 
+def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
+    """What a predictor's first matrix makes of each row after its norm, [N, r].
+
+    Args:
+        hidden_ND: the residual stream.
+        matrix_rD, offset_r: with the norm's weight and bias in them.
+        eps, centered: the norm's (LayerNorm, or RMS norm).
+    """
+    x = hidden_ND - hidden_ND.mean(1, keepdim=True) if centered else hidden_ND
+    x = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
+    return torch.relu(x @ matrix_rD.T + offset_r)
+
+
 class PlainAttention:
     """Attention without a mask that shows its denominators, natural logarithms [K, rows]; twin of a library's.
 
@@ -97,13 +110,13 @@ def gather_norm(
     bias_D: Tensor | None,
     eps: float,
     *,
-    centred: bool,
+    centered: bool,
     dtype: torch.dtype,
     keep_rows: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The norm of `x[rows]` in fp32 or wider, and the rows themselves if asked for."""
     x_ND = x_TD if rows_N is None else x_TD[rows_N]
-    y_ND = _standard(_wide(x_ND), eps, centred)[0] * _wide(weight_D)
+    y_ND = _standard(_wide(x_ND), eps, centered)[0] * _wide(weight_D)
     if bias_D is not None:
         y_ND = y_ND + _wide(bias_D)
     return y_ND.to(dtype), x_ND if keep_rows else None
@@ -122,23 +135,23 @@ def add_norm_gradient_(
     weight_D: Tensor,
     eps: float,
     *,
-    centred: bool,
+    centered: bool,
     parameters: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Adds the gradient that the norm's input gets to `grad[rows]`; gradients of weight and bias if asked for."""
-    standard, reciprocal = _standard(_wide(x_ND), eps, centred)
+    standard, reciprocal = _standard(_wide(x_ND), eps, centered)
     g, grad_y = _wide(grad_y_ND) * _wide(weight_D), _wide(grad_y_ND)
     if grad_TD is not None:
         change = g - standard * (g * standard).mean(1, keepdim=True)
-        change = change - g.mean(1, keepdim=True) if centred else change
+        change = change - g.mean(1, keepdim=True) if centered else change
         rows_N = torch.arange(len(x_ND), device=x_ND.device) if rows_N is None else rows_N
         add_rows_(grad_TD, rows_N, change * reciprocal)
     return ((grad_y * standard).sum(0), grad_y.sum(0)) if parameters else (None, None)
 
 
-def _standard(x_ND: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+def _standard(x_ND: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor]:
     """Standardised rows, and the reciprocal of their standard deviation."""
-    x_ND = x_ND - x_ND.mean(1, keepdim=True) if centred else x_ND
+    x_ND = x_ND - x_ND.mean(1, keepdim=True) if centered else x_ND
     reciprocal = (x_ND.square().mean(1, keepdim=True) + eps).rsqrt()
     return x_ND * reciprocal, reciprocal
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import HALF
-from lemo.sparse.view import KnownNorm
+from lemo.types import NormWeights
 
 _log = logging.getLogger("lemo")
 
@@ -35,14 +35,17 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return functools.partial(_forward, module) if _is_rms(module) else None
 
 
-def known_norm(module: Any) -> KnownNorm | None:
-    """A norm as numbers; None, said once in the log, for one that isn't known, or that hooks or a wrapper watch."""
+def norm_weights(module: Any) -> NormWeights | None:
+    """What a kernel needs to compute a known norm by itself.
+
+    None, said once in the log, for any other, or one that somebody listens to.
+    """
     if reason := _reason_against(module):
         _note(reason)
         return None
     if _is_rms(module):
-        return KnownNorm(module.weight, None, module.variance_epsilon, centred=False)
-    return KnownNorm(module.weight, module.bias, module.eps, centred=True)
+        return NormWeights(module.weight, None, module.variance_epsilon, centered=False)
+    return NormWeights(module.weight, module.bias, module.eps, centered=True)
 
 
 def _is_rms(module: nn.Module) -> bool:

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from lemo.models.architectures import Architecture
 from lemo.models.fused import fused
-from lemo.models.norms import known_norm
-from lemo.sparse.view import Branch, KnownNorm, Rotary
+from lemo.models.norms import norm_weights
+from lemo.sparse.view import Rotary
+from lemo.types import NormWeights
 
 
 class ArchitectureView:
@@ -115,8 +116,13 @@ class ArchitectureView:
     def mlp_norm(self, hidden_ND: Tensor) -> Tensor:
         return self._part(self.row.mlp_norm)(hidden_ND)
 
-    def known_norm(self, branch: Branch) -> KnownNorm | None:
-        return known_norm(self._part(self.row.attention_norm if branch == "attention" else self.row.mlp_norm))
+    @property
+    def attention_norm_weights(self) -> NormWeights | None:
+        return norm_weights(self._part(self.row.attention_norm))
+
+    @property
+    def mlp_norm_weights(self) -> NormWeights | None:
+        return norm_weights(self._part(self.row.mlp_norm))
 
     def _heads(self, projected: Tensor, norm: str | None) -> Tensor:
         attention = self._attention

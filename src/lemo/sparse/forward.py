@@ -36,7 +36,7 @@ from lemo.sparse.movement import add_rows, norm_again, own_gradient, own_stream,
 from lemo.sparse.parts import part
 from lemo.sparse.recompute import recomputed
 from lemo.sparse.view import Branch, LayerView, Rotary
-from lemo.types import SequenceLayout, TokenPlan
+from lemo.types import NormWeights, SequenceLayout, TokenPlan
 
 _ACTIVITY_TILE_BYTES = 256 * 2**20
 Again = Callable[[], Tensor] | None
@@ -161,8 +161,8 @@ def _read(stream_BTD: Tensor, rows: Tensor, name: Branch, call: ForwardCall) -> 
     Then the third says how to compute it again from what is stored anyway.
     """
     view = call.view
-    norm = None if view.post_norm else view.known_norm(name)
-    if norm is not None and movement_backend(stream_BTD, norm.weight) == "triton":
+    norm = view.attention_norm_weights if name == "attention" else view.mlp_norm_weights
+    if not view.post_norm and norm is not None and movement_backend(stream_BTD, norm.weight) == "triton":
         stream_BTD, normed_ND, kept_ND = read_normed(stream_BTD, rows, norm)
         if kept_ND is None or call.checkpointed:
             return stream_BTD, normed_ND, None
@@ -193,9 +193,10 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         return plan_of_everything(layout)
     with NoDropout():
         hidden = hidden_BTD.flatten(0, 1)
-        normed = hidden if view.post_norm else view.attention_norm(hidden)
         if call.attention_predictor is not None:
-            return _predicted(call.attention_predictor, normed, call, selection)
+            norm, weights = view.attention_norm, view.attention_norm_weights
+            return _predicted(call.attention_predictor, hidden, norm, weights, call, selection)
+        normed = hidden if view.post_norm else view.attention_norm(hidden)
         q = view.query(normed, call.rotary)
         k, _ = view.key_value(normed, call.rotary)
         scores = [
@@ -218,8 +219,7 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         return plan_of_everything(layout)
     if call.mlp_predictor is not None:
         hidden = hidden_BTD.flatten(0, 1)
-        normed = hidden if view.post_norm else view.mlp_norm(hidden)
-        return _predicted(call.mlp_predictor, normed, call, selection)
+        return _predicted(call.mlp_predictor, hidden, view.mlp_norm, view.mlp_norm_weights, call, selection)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
@@ -232,8 +232,17 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     return select_by_score(score, layout, selection, call.layer)
 
 
-def _predicted(predictor: Predictor, normed_ND: Tensor, call: ForwardCall, selection: BranchSelection) -> TokenPlan:
-    score = predicted_scores(predictor, normed_ND, call.layout, call.config.score == "causal")
+def _predicted(
+    predictor: Predictor,
+    hidden_ND: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    weights: NormWeights | None,
+    call: ForwardCall,
+    selection: BranchSelection,
+) -> TokenPlan:
+    if call.view.post_norm:
+        norm, weights = (lambda hidden: hidden), None
+    score = predicted_scores(predictor, hidden_ND, norm, weights, call.layout, call.config.score == "causal")
     return select_by_score(score, call.layout, selection, call.layer)
 
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from lemo.kernels import reference
 from lemo.kernels.dispatch import movement_backend
 from lemo.sparse.precision import computes_in
-from lemo.sparse.view import KnownNorm
+from lemo.types import NormWeights
 
 
 def own_stream(hidden_BTD: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def read_rows(stream_BTD: Tensor, rows_N: Tensor) -> tuple[Tensor, Tensor]:
     return _ReadRows.apply(stream_BTD, rows_N)
 
 
-def read_normed(stream_BTD: Tensor, rows_N: Tensor, norm: KnownNorm) -> tuple[Tensor, Tensor, Tensor | None]:
+def read_normed(stream_BTD: Tensor, rows_N: Tensor, norm: NormWeights) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same stream, the norm of its rows [N, D], and, where a gradient may be asked for, the rows before the norm.
 
     Args:
@@ -57,14 +57,14 @@ def read_normed(stream_BTD: Tensor, rows_N: Tensor, norm: KnownNorm) -> tuple[Te
         norm: of the branch; its parameters may train.
     """
     dtype = computes_in(stream_BTD.device.type, torch.promote_types(stream_BTD.dtype, norm.weight.dtype))
-    return _ReadNormed.apply(stream_BTD, rows_N, norm.weight, norm.bias, norm.eps, norm.centred, dtype)
+    return _ReadNormed.apply(stream_BTD, rows_N, norm.weight, norm.bias, norm.eps, norm.centered, dtype)
 
 
-def norm_again(kept_ND: Tensor, norm: KnownNorm, dtype: torch.dtype) -> Tensor:
+def norm_again(kept_ND: Tensor, norm: NormWeights, dtype: torch.dtype) -> Tensor:
     """The norm of rows that `read_normed` gave, once more, without a graph; bitwise what it was."""
     weight, bias = norm.weight.detach(), None if norm.bias is None else norm.bias.detach()
     ops = _ops(kept_ND, weight)
-    return ops.gather_norm(kept_ND, None, weight, bias, norm.eps, centred=norm.centred, dtype=dtype)[0]
+    return ops.gather_norm(kept_ND, None, weight, bias, norm.eps, centered=norm.centered, dtype=dtype)[0]
 
 
 def add_rows(stream_BTD: Tensor, rows_N: Tensor, branch_ND: Tensor) -> Tensor:
@@ -123,30 +123,30 @@ class _ReadNormed(torch.autograd.Function):
         weight_D: Tensor,
         bias_D: Tensor | None,
         eps: float,
-        centred: bool,
+        centered: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ops = _ops(stream_BTD, weight_D)
         normed_ND, kept_ND = ops.gather_norm(
             _flat(stream_BTD), rows_N, weight_D, bias_D, eps,
-            centred=centred, dtype=dtype, keep_rows=any(ctx.needs_input_grad),
+            centered=centered, dtype=dtype, keep_rows=any(ctx.needs_input_grad),
         )  # fmt: skip
         ctx.mark_dirty(stream_BTD)
         if kept_ND is not None:
             ctx.mark_non_differentiable(kept_ND)
         ctx.save_for_backward(rows_N, kept_ND, weight_D)
-        ctx.settings = eps, centred
+        ctx.settings = eps, centered
         return stream_BTD, normed_ND, kept_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor, grad_ND: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         rows_N, kept_ND, weight_D = ctx.saved_tensors
-        eps, centred = ctx.settings
+        eps, centered = ctx.settings
         wants_stream, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         of_weight, of_bias = _ops(kept_ND, grad_ND, weight_D).add_norm_gradient_(
             _flat(grad_BTD) if wants_stream else None, rows_N, grad_ND.contiguous(), kept_ND, weight_D, eps,
-            centred=centred, parameters=wants_weight or wants_bias,
+            centered=centered, parameters=wants_weight or wants_bias,
         )  # fmt: skip
         return (
             grad_BTD if wants_stream else None,

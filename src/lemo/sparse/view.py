@@ -7,29 +7,14 @@ the rows at hand, or None. Projections, norms and MLPs are called as modules, so
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from lemo.types import NormWeights
+
 Rotary = tuple[Tensor, Tensor] | None
 Branch = Literal["attention", "mlp"]
-
-
-@dataclass(frozen=True)
-class KnownNorm:
-    """A norm that is `weight * (x - mean) / sqrt(variance + eps) + bias`, or the same without mean and bias.
-
-    Attributes:
-        weight, bias: [D]; bias None for none.
-        eps: added to the variance, or to the mean square.
-        centred: LayerNorm; otherwise RMS-norm.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-    centred: bool
 
 
 class LayerView(Protocol):
@@ -76,8 +61,13 @@ class LayerView(Protocol):
     def mlp_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the MLP branch."""
 
-    def known_norm(self, branch: Branch) -> KnownNorm | None:
-        """The branch's norm as numbers, where it is recognised and nothing watches the module."""
+    @property
+    def attention_norm_weights(self) -> NormWeights | None:
+        """The attention branch's norm, for a kernel that computes it by itself; None if it isn't known."""
+
+    @property
+    def mlp_norm_weights(self) -> NormWeights | None:
+        """The MLP branch's."""
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
         """Positioned queries [H, N, d]."""
