@@ -52,7 +52,8 @@ def test_every_operation_by_every_implementation(tmp_path: Path) -> None:
     assert rows == records.read(tmp_path / "b" / "records.jsonl")
     lines = op_lines(rows)
     assert next(line for line in lines if line.details.op == "movement: read, add").by_bytes == pytest.approx(2.4)
-    assert len(ops_markdown(lines).splitlines()) == 2 + len(rows)
+    assert len(ops_markdown(lines).splitlines()) == 4 + len(rows)
+    assert ops_markdown([]) == ""
     assert "movement: backward" in build_records(tmp_path / "b").read_text()
 
 

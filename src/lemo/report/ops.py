@@ -128,9 +128,12 @@ def render_ops(lines: Sequence[OpLine]) -> str:
 
 
 def ops_markdown(lines: Sequence[OpLine]) -> str:
-    """A GitHub table."""
-    rows = [f"| {' | '.join(_cells(line))} |" for line in lines]
-    return "\n".join([f"| {' | '.join(_HEADS)} |", "|" + "---|" * len(_HEADS), *rows])
+    """A GitHub table for each device, or nothing."""
+    parts = []
+    for gpu in dict.fromkeys(line.row.gpu for line in lines):
+        rows = [f"| {' | '.join(_cells(line))} |" for line in lines if line.row.gpu == gpu]
+        parts.append("\n".join([f"On {gpu}.\n", f"| {' | '.join(_HEADS)} |", "|" + "---|" * len(_HEADS), *rows]))
+    return "\n\n".join(parts)
 
 
 def _cells(line: OpLine) -> list[str]:
