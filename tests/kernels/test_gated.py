@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from lemo.kernels import gated as kernels
 
 SHAPES = [(0, 7), (1, 1), (5, 33), (64, 64), (3, 4096), (3, 4099)]
-ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+# In fp32 an exponent near 16 is off by 2^-20, and so is its power; else half a unit in the last place, and some.
+ROUNDING = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

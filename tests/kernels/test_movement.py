@@ -110,10 +110,11 @@ def test_a_norm_of_rows_and_its_gradients(dtype, name, D, kind, monkeypatch):
             torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
         alone = grad.clone()
         assert run.add_norm_gradient_(alone, rows, grad_y, kept, weight, 1e-3, centered=centered) == (None, None)
-        assert torch.equal(alone.nan_to_num(), mine.nan_to_num())
+        # Another kernel, whose sums may go another way.
+        torch.testing.assert_close(alone, mine, rtol=4 * ROUNDING[dtype], atol=1e-5, equal_nan=True)
         again, nothing = run.gather_norm(kept, None, weight, bias, 1e-3, centered=centered, dtype=dtype)
         assert nothing is None
-        assert torch.equal(again, y)
+        torch.testing.assert_close(again, y, rtol=4 * ROUNDING[dtype], atol=1e-5)
 
 
 def test_dtypes_may_differ():

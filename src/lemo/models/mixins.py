@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo.loss import segmented_cross_entropy
 from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
+from lemo.models.fused import fused
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
@@ -100,6 +101,7 @@ class SparseDecoder:
         B, T = tokens.shape[:2]
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
+            cls_forward = functools.partial(_fusing_last_norm, self, cls_forward)
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
             if runtime.config.mode == "backward" and needs_no_mask(
@@ -114,6 +116,13 @@ class SparseDecoder:
         if layout.packed and may_need_mask:
             arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
         return cls_forward(**arguments)
+
+
+def _fusing_last_norm(decoder: Any, run: Any, **arguments: Any) -> Any:
+    """The norm after the last layer, which sees every row, takes one pass too where it is recognised."""
+    norm = getattr(decoder, "norm", None)
+    with fused((), [] if norm is None else [norm]):
+        return run(**arguments)
 
 
 def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype) -> Tensor:

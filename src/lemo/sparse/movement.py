@@ -61,7 +61,7 @@ def read_normed(stream_BTD: Tensor, rows_N: Tensor, norm: NormWeights) -> tuple[
 
 
 def norm_again(kept_ND: Tensor, norm: NormWeights, dtype: torch.dtype) -> Tensor:
-    """The norm of rows that `read_normed` gave, once more, without a graph; bitwise what it was."""
+    """The norm of rows that `read_normed` gave, once more, without a graph."""
     weight, bias = norm.weight.detach(), None if norm.bias is None else norm.bias.detach()
     ops = _ops(kept_ND, weight)
     return ops.gather_norm(kept_ND, None, weight, bias, norm.eps, centered=norm.centered, dtype=dtype)[0]
