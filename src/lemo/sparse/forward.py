@@ -117,9 +117,7 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
         with part("selection"):
             plans.mlp = _plan_mlp(stream.detach(), call)
     if plans.mlp.keep == 1.0:
-        if plans.attention.keep < 1.0 and not view.post_norm:
-            # What follows hands one gradient to the MLP and along the stream.
-            stream = own_gradient(stream)
+        # What comes back along the stream is summed with what the norm passes back: nobody else's gradient.
         with on_rows(dropout, None):
             stream = stream + view.mlp(stream if view.post_norm else view.mlp_norm(stream))
     else:
