@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import lemo
-from benchmarks.ops import op_row
 from lemo.bench import records
+from lemo.bench.ops import op_row
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
 from lemo.config import BranchSelection, PredictorConfig, SparsityConfig

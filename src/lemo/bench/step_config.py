@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,11 +38,14 @@ class StepMethod(Frozen):
     """One row for each shape and length.
 
     Args:
-        method: `lora`: PEFT LoRA and the segmented loss. `lora+ckpt`: the same with gradient checkpointing, the
-            strong baseline. `lora+ckpt+liger`: the same with Liger's kernels and its loss. `lemo-backward`: as
-            `sparsity` says.
+        method: `lora`: PEFT LoRA and the segmented loss. `lora+logits`: the same with transformers' own loss, of all
+            logits. `lora+ckpt`: `lora` with gradient checkpointing, the strong baseline. `lora+ckpt+liger`: the same
+            with Liger's kernels and its loss. `longlora`: `lora` with LongLoRA's shifted attention in four groups.
+            `lemo-backward`, `lemo-forward`: as `sparsity` says; `lemo-forward` chooses by predictors with random
+            weights, of the size they have before they shrink: which blocks that gives says nothing about a real model,
+            what it costs does. With `+ckpt` both are checkpointed.
         setting: names the row's knobs; unique among the rows of one method.
-        sparsity: `lemo-backward`'s settings.
+        sparsity: `lemo-backward`'s or `lemo-forward`'s settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
             about a real model. `spread`: the labelled ones and as many others, evenly spread, as `keep` asks for;
             choosing is done and paid for all the same. `recorded`: as `spread`, but spread over the sequence as in a
@@ -50,7 +53,17 @@ class StepMethod(Frozen):
         keep: `spread`, `recorded`: share of the blocks kept in every layer.
     """
 
-    method: Literal["lora", "lora+ckpt", "lora+ckpt+liger", "lemo-backward"]
+    method: Literal[
+        "lora",
+        "lora+logits",
+        "lora+ckpt",
+        "lora+ckpt+liger",
+        "longlora",
+        "longlora+ckpt",
+        "lemo-backward",
+        "lemo-forward",
+        "lemo-forward+ckpt",
+    ]
     setting: str = "default"
     sparsity: SparsityConfig | None = None
     placement: Literal["energy", "spread", "recorded"] = "energy"
@@ -58,16 +71,28 @@ class StepMethod(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> StepMethod:
-        sparse = self.method == "lemo-backward"
-        if sparse != (self.sparsity is not None):
-            raise ValueError(f"sparsity belongs to lemo-backward, which needs it (here: {self.method})")
-        if self.sparsity is not None and not self.sparsity.by_energy:
-            raise ValueError("lemo-backward needs sparsity.mode backward and policy energy")
+        if self.method.startswith("lemo-") != (self.sparsity is not None):
+            raise ValueError(f"sparsity belongs to lemo-backward and lemo-forward, which need it (here: {self.method})")
+        if self.sparsity is not None:
+            if self.method == "lemo-backward" and not self.sparsity.by_energy:
+                raise ValueError("lemo-backward needs sparsity.mode backward and policy energy")
+            if self.forward and (self.sparsity.mode != "forward" or self.sparsity.calibration is not None):
+                raise ValueError("lemo-forward needs sparsity.mode forward and no calibration, for weights are random")
         if (self.placement != "energy") != (self.keep is not None):
             raise ValueError("keep goes together with placement spread or recorded")
-        if self.placement != "energy" and not sparse:
+        if self.placement != "energy" and self.method != "lemo-backward":
             raise ValueError(f"placement belongs to lemo-backward (here: {self.method})")
         return self
+
+    @property
+    def forward(self) -> bool:
+        """Whether tokens are left out of the forward pass."""
+        return self.method.startswith("lemo-forward")
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether whole layers are recomputed."""
+        return "+ckpt" in self.method
 
 
 class StepConfig(Frozen):
@@ -77,7 +102,7 @@ class StepConfig(Frozen):
         shapes: models.
         lengths: tokens of the one sequence of a step.
         methods: rows; all are measured in one process, shape by shape.
-        labels: labelled tokens, the sequence's last.
+        labels: labelled tokens, the sequence's last; `all` for every token.
         placements: file of `placement: recorded`, as `python -m benchmarks.record_placement` writes it.
         warm_up: steps before the timed ones.
         repeats: timed steps; median and range are recorded.
@@ -90,7 +115,7 @@ class StepConfig(Frozen):
     shapes: tuple[StepShape, ...] = Field(min_length=1)
     lengths: tuple[Tokens, ...] = Field(min_length=1)
     methods: tuple[StepMethod, ...] = Field(min_length=1)
-    labels: int = Field(default=512, ge=1)
+    labels: Annotated[int, Field(ge=1)] | Literal["all"] = 512
     placements: str | None = None
     warm_up: int = Field(default=1, ge=0)
     repeats: int = Field(default=3, ge=1)
@@ -111,9 +136,13 @@ class StepConfig(Frozen):
         if self.placements is None and any(row.placement == "recorded" for row in self.methods):
             raise ValueError("placement recorded needs placements, a file of recorded ones")
         shortest = min(T for _, _, T in places)
-        if self.labels >= shortest:
+        if self.labels != "all" and self.labels >= shortest:
             raise ValueError(f"labels ({self.labels}) must be fewer than the shortest sequence's tokens ({shortest})")
         return self
+
+    def labelled(self, T: int) -> int:
+        """Labels of a sequence; nothing predicts its first token."""
+        return T - 1 if self.labels == "all" else self.labels
 
 
 def load_step(

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo.loss import segmented_cross_entropy
 from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
+from lemo.models.fused import fused
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
@@ -100,6 +101,7 @@ class SparseDecoder:
         B, T = tokens.shape[:2]
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
+            cls_forward = functools.partial(_fusing_last_norm, self, cls_forward)
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
             if runtime.config.mode == "backward" and needs_no_mask(
@@ -114,6 +116,13 @@ class SparseDecoder:
         if layout.packed and may_need_mask:
             arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
         return cls_forward(**arguments)
+
+
+def _fusing_last_norm(decoder: Any, run: Any, **arguments: Any) -> Any:
+    """The norm after the last layer, which sees every row, takes one pass too where it is recognised."""
+    norm = getattr(decoder, "norm", None)
+    with fused((), [] if norm is None else [norm]):
+        return run(**arguments)
 
 
 def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
@@ -171,6 +180,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
+    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     call = forward.ForwardCall(
         view,
         state.layout,
@@ -182,6 +192,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.bypasses.get((index, "mlp")),
         runtime.predictors.get((index, "attention")),
         runtime.predictors.get((index, "mlp")),
+        checkpointed,
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans(_dropout_seed(view))
@@ -191,7 +202,6 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
             return cls_forward(x, **kwargs)
         return forward.run_layer(x, call, plans)
 
-    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     out = layer._gradient_checkpointing_func(run, hidden) if checkpointed else run(hidden)
     if plans.attention is not None and plans.mlp is not None:
         runtime.record(index, plans.attention, plans.mlp)

@@ -97,13 +97,14 @@ class ArchitectureView:
         # up, gate, their product and the activation live at once.
         return 4 * up.out_features * up.weight.element_size()
 
-    def fused(self) -> AbstractContextManager[None]:
+    def fused(self, store_less: bool = False) -> AbstractContextManager[None]:
         attention, home, row = self._attention, self._mlp_home, self.row
         linears = [getattr(attention, name) for name in (row.query, row.key, row.value, row.output)]
         linears += [getattr(home, name) for name in (row.gate, row.up, row.down) if name]
         norms = [self._part(name) for name in (row.attention_norm, row.mlp_norm)]
         norms += [getattr(attention, name) for name in (row.query_norm, row.key_norm) if name]
-        return fused(linears, norms)
+        mlps = [home] if row.mlp and row.gate else []
+        return fused(linears, norms, mlps, store_less)
 
     def attention(self, normed_BTD: Tensor, **kwargs: Any) -> Tensor:
         """The unmodified attention module's output (and hidden dropout), as the layer calls it."""
