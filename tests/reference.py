@@ -104,13 +104,18 @@ def hooks(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def explicit_masks(model: nn.Module, batch: Batch, keys: list[set[int] | None] | None = None) -> list[Any]:
-    """Hooks that hand every attention module our own mask in place of transformers' (OPT has none for packing)."""
+def explicit_masks(
+    model: nn.Module, batch: Batch, keys: list[set[int] | None] | None = None, seen: list[Tensor] | None = None
+) -> list[Any]:
+    """Hooks that hand every attention module our own mask in place of transformers' (OPT has none for packing).
+
+    `seen`: for each layer, bool [B, H, T, T] in the mask's place.
+    """
     eager = causal_lm(model).config._attn_implementation == "eager"
     dtype = next(model.parameters()).dtype
     handles = []
     for i, layer in enumerate(layers_of(model)):
-        mask = allowed_mask(batch, window_of(model, i), keys[i] if keys else None)
+        mask = seen[i] if seen else allowed_mask(batch, window_of(model, i), keys[i] if keys else None)
         if eager:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
@@ -129,11 +134,13 @@ def backward_reference(
     kv_grad: str = "all",
     compensate: bool = False,
     loss_of: Callable[[Any], Tensor] | None = None,
+    seen: list[Tensor] | None = None,
     **call: Any,
 ) -> tuple[Tensor, list[set[int]]]:
     """Dense forward, then a backward whose branch gradients are cut to the rows that `choose` gives for a layer.
 
     `choose(layer, gradient_BTD)` sees the gradient at the layer's output. Gradients are left in `.grad`.
+    `seen`: what queries see, as `explicit_masks` takes it.
     `compensate`: kept rows stand in for a document's others (`entering_with_shares`, `with_fitted_rest`).
     Returns the loss and each layer's rows. The residual's gradient is never touched.
     """
@@ -175,7 +182,7 @@ def backward_reference(
         fit_rest(own, layer, branch)
         return ((own, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": own})
 
-    handles = explicit_masks(model, batch)
+    handles = explicit_masks(model, batch, seen=seen)
     for i, layer in enumerate(layers):
         cuts = [(layer.self_attn, cut), (mlp_output_module(layer), cut)]
         if compensate:

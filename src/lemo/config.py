@@ -57,6 +57,41 @@ class Segments(Frozen):
         return self
 
 
+# Key blocks in a query block: with a block of 64 keys, the 128 queries that fill a kernel's tile.
+QUERY_BLOCKS = 2
+
+
+class Attend(Frozen):
+    """What queries see while the model trains; evaluation is dense. Every query sees all its document's tokens before
+    it that lie in its own query block (two blocks), in the document's first block, or in the blocks its query block
+    is given, as many for each: the nearest ones, its window, and distant ones chosen for it.
+
+    Args:
+        density: share of causal attention that is computed, in each document; a little less, since blocks are whole,
+            and more where `window` and the first block exceed it. None: `window` and the first block alone.
+        window: tokens before its query block that a query sees in any case. Default: half of the blocks that
+            `density` allows.
+        choice: of distant blocks, in each layer. `pooled`: by the mean of a block's queries and that of a block's
+            keys, for each key head. `random`: drawn anew for each layer and step (a baseline). `none`: the nearest
+            ones, which makes the window wider.
+        labelled: `sparse`: all query blocks alike. `dense`: those with a token that enters the loss see everything, for
+            data with few labels.
+        block: tokens per key block.
+    """
+
+    density: Share | None = 0.25
+    window: int | None = Field(default=None, ge=1)
+    choice: Literal["pooled", "random", "none"] = "pooled"
+    labelled: Literal["dense", "sparse"] = "sparse"
+    block: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Attend:
+        if self.density is None and (self.window is None or self.choice != "none"):
+            raise ValueError("attend without a density is a window alone: give window, and choice none")
+        return self
+
+
 class SparsityConfig(Frozen):
     """What `lemo.sparsify` does to a model.
 
@@ -95,6 +130,8 @@ class SparsityConfig(Frozen):
             thresholds only). MLP blocks are chosen by their activity, with `causal` by their predecessor's.
         tile_mib: byte budget (MiB) of one row tile of the MLP's forward in `backward` mode; 0 turns tiling off,
             which makes hidden states bitwise those of the unmodified model.
+        attend: queries see some blocks of keys only, while training; None: all. In `forward`, kept tokens see some
+            blocks of kept tokens, as though a document were what is kept of it.
     """
 
     mode: Literal["backward", "forward", "dense"] = "backward"
@@ -114,6 +151,7 @@ class SparsityConfig(Frozen):
     train_bypass: bool | None = None
     score: Score = "paper"
     tile_mib: float = Field(default=256.0, ge=0.0)
+    attend: Attend | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SparsityConfig:
@@ -130,6 +168,11 @@ class SparsityConfig(Frozen):
         elif self.attention or self.mlp or self.calibration is not None or self.dense_share or self.train_bypass:
             raise ValueError(
                 f"attention, mlp, calibration, dense_share and train_bypass belong to mode forward, not {self.mode}"
+            )
+        if self.mode == "forward" and self.attend is not None and self.tokens_per_block % self.attend.block:
+            raise ValueError(
+                f"in mode forward attend.block ({self.attend.block}) must divide block_size ({self.tokens_per_block}): "
+                "its blocks are kept or left out as a whole"
             )
         if self.fidelity == 0.0 and self.labelled == "ranked":
             raise ValueError("fidelity 0 keeps labelled blocks alone, so labelled can't be ranked")

@@ -107,10 +107,12 @@ class StepStats:
     Attributes:
         keep: per layer, (attention, mlp) share of tokens kept; (1, 1) where nothing was left out.
         fidelity: per layer, None where the mode has none.
+        density: share of causal attention computed in the forward, mean over layers; None where queries see everything.
     """
 
     keep: tuple[tuple[float, float], ...]
     fidelity: tuple[float | None, ...]
+    density: float | None = None
 
     @property
     def keep_mean(self) -> float:

@@ -49,11 +49,12 @@ def masked_dense(
     batch: Batch,
     plans: Plans,
     maps: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] | None = None,
+    seen: list[Tensor] | None = None,
     **call: Any,
 ) -> ForwardRun:
     """Run unmodified modules with the plans' blocks left out: in attention, dropped rows are no keys and add
     nothing to the residual; in the MLP they add nothing. A branch without a plan is dense. With `maps`, (A, B, bias)
-    of a layer's branch, dropped rows add B A x + bias, x being the branch's input."""
+    of a layer's branch, dropped rows add B A x + bias, x being the branch's input. `seen` takes the masks' place."""
     layers, everything = layers_of(model), real_rows(batch)
     attention = [plans.get((i, "attention"), everything) for i in range(len(layers))]
     mlp = [plans.get((i, "mlp"), everything) for i in range(len(layers))]
@@ -98,7 +99,7 @@ def masked_dense(
 
         return hook
 
-    handles = explicit_masks(model, batch, attention)
+    handles = explicit_masks(model, batch, attention, seen)
     for i, layer in enumerate(layers):
         heads = layer.self_attn
         handles += [

@@ -62,6 +62,30 @@ def test_a_stopped_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert rows == records.read(tmp_path / "b" / "records.jsonl")
 
 
+def test_queries_that_see_some_blocks(tmp_path: Path) -> None:
+    attend = {"density": 0.3, "block": 4, "labelled": "dense"}
+    methods = [
+        {"method": "lora+ckpt"},
+        {"method": "lemo-attend", "sparsity": {"mode": "dense", "attend": {"density": 0.3, "block": 4}}},
+        SPREAD | {"method": "lemo-backward+attend", "sparsity": {"block_size": 8, "attend": attend}},
+    ]
+    dense, all_rows, kept = step.run_steps(benchmark(tmp_path / "b", methods=methods))
+    assert dense.density is None
+    assert 0.2 < all_rows.density < 0.4
+    # The last query block sees everything.
+    assert all_rows.density < kept.density < 0.8
+    assert (all_rows.keep, kept.keep) == (1.0, 0.5)
+    assert all_rows.details["tflop"] < dense.details["tflop"]
+    assert {row.task for row in (dense, all_rows, kept)} == {"sft"}
+
+
+def test_every_token_labelled(tmp_path: Path) -> None:
+    (few,) = step.run_steps(benchmark(tmp_path / "few", methods=[{"method": "lora+ckpt"}]))
+    (row,) = step.run_steps(benchmark(tmp_path / "all", labels="all", methods=[{"method": "lora+ckpt"}]))
+    assert row.task == "lm"
+    assert row.details["tflop"] - few.details["tflop"] == pytest.approx((63 - 8) * 4 * 576 * 49152 / 1e12)
+
+
 def test_memory_that_runs_out_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = step._measure
 
@@ -95,12 +119,15 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": [{"method": "lemo-backward"}]}, "sparsity belongs to lemo-backward"),
+        ({"methods": [{"method": "lemo-backward"}]}, "sparsity belongs to the lemo methods"),
         ({"methods": [SPREAD | {"keep": None}]}, "keep goes together with placement spread"),
         (
             {"methods": [SPREAD | {"sparsity": {"policy": "segments"}}]},
             "needs sparsity.mode backward",
         ),
+        ({"methods": [{"method": "lemo-attend", "sparsity": {"mode": "dense"}}]}, "sparsity.attend belongs to"),
+        ({"methods": [SPREAD | {"sparsity": {"attend": {}}}]}, "sparsity.attend belongs to"),
+        ({"methods": [SPREAD | {"method": "lemo-attend", "sparsity": {"mode": "dense", "attend": {}}}]}, "placement"),
         ({"methods": [SPREAD, SPREAD]}, "two rows are lemo-backward"),
         ({"methods": [{"method": "lemo-forward", "sparsity": {}}]}, "needs sparsity.mode forward and no calibration"),
         ({"methods": [{"method": "longlora", "sparsity": {}}]}, "sparsity belongs to"),

@@ -110,6 +110,16 @@ def test_metrics_and_summary_agree(place: Path, tmp_path: Path) -> None:
     assert stored["sample"].keys() == {"prompt_tail", "reference", "before", "after"}
 
 
+@pytest.mark.parametrize("mode", ["dense", "backward"])
+def test_density_of_what_queries_see(place: Path, tmp_path: Path, mode: str) -> None:
+    attend = "sparsity.attend={density: 0.3, block: 4, choice: random}"
+    summary = finetune(settings(place, tmp_path / "run", f"sparsity.mode={mode}", "sparsity.block_size=1", attend))
+    densities = [line["density"] for line in lines(tmp_path / "run")]
+    assert len(densities) == 6
+    assert all(0.2 < density <= 0.3 for density in densities)
+    assert summary.density_mean == pytest.approx(sum(densities) / 6)
+
+
 def test_the_adapter_is_stock_peft_and_evaluates_to_the_summary(place: Path, tmp_path: Path) -> None:
     config = settings(place, tmp_path / "run")
     summary = finetune(config)

@@ -198,7 +198,7 @@ def test_models_that_cannot_be_shifted() -> None:
     with pytest.raises(ValueError, match="is lemo_shifted_4"):
         shift_attention(model)
     sparse = lemo.sparsify(build("llama"), lemo.SparsityConfig())
-    with pytest.raises(ValueError, match="needs sparsity mode dense, this model's is backward"):
+    with pytest.raises(ValueError, match="needs sparsity mode dense without attend, this model's is backward"):
         shift_attention(sparse)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lemo.bench.cost import GROUPED_WORK, causal_work, kept_work, part_flop, step_flop
+from lemo.bench.cost import GROUPED_WORK, attended_work, causal_work, kept_work, part_flop, step_flop
 from lemo.bench.cost_memory import moved_bytes, stored_bytes
+from lemo.config import Attend
+from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
 from lemo.selection.ranking import plan_from_blocks
 
@@ -26,6 +28,33 @@ def test_everything_kept_costs_what_checkpointing_costs() -> None:
     arguments = ("llama-3-8b", 8, 65536, 512)
     assert step_flop(*arguments, "lemo-backward") == pytest.approx(step_flop(*arguments, "lora+ckpt"))
     assert step_flop(*arguments, "lemo-backward", 0.25, 0.25) < 0.55 * step_flop(*arguments, "lora+ckpt")
+
+
+def test_what_queries_dont_see_costs_nothing() -> None:
+    arguments = ("llama-3-8b", 8, 65536, 512)
+    attention = 8 * 4.5 * 2 * 65536 * 65537 * 4096
+    dense = step_flop(*arguments, "lora+ckpt")
+    assert step_flop(*arguments, "lemo-attend", density=0.15) == pytest.approx(dense - 0.85 * attention)
+    both = step_flop(*arguments, "lemo-backward+attend", 0.25, 0.02, density=0.15)
+    without = step_flop(*arguments, "lemo-backward", 0.25, 0.3)
+    assert without - both == pytest.approx(attention / 4.5 * (0.85 + 3.5 * 0.28))
+
+
+@pytest.mark.parametrize("kept", [None, [3, 9, 10, 15]])
+def test_kept_queries_work_is_what_their_lists_hold(kept: list[int] | None) -> None:
+    layout = build_layout(1, 20, 1, torch.device("cpu"))
+    grid = build_grid(layout, Attend(block=2, density=0.5, choice="random"), 1, None)
+    nothing = torch.zeros(1, 20, 4)
+    lists = choose_blocks(grid, nothing, nothing, 1.0, lambda: 0)
+    keep = torch.ones(20, dtype=torch.bool)
+    if kept is not None:
+        keep = torch.zeros(20, dtype=torch.bool)
+        keep[kept] = True
+    plans = {} if kept is None else {(0, "attention"): plan_from_blocks(keep, layout)}
+    seen = lists.seen(torch.arange(20), 0, 20)[0]
+    share = float(seen[keep].sum()) / 210
+    assert attended_work(plans, {0: (grid, lists)}) == pytest.approx(share)
+    assert kept is not None or grid.density == pytest.approx(share)
 
 
 def test_parts_are_the_whole() -> None:

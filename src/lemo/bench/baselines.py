@@ -48,8 +48,10 @@ def shift_attention(model: Any, groups: int = 4) -> None:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if implementation != "sdpa":
         raise ValueError(f"shifted attention takes the place of sdpa, this model's is {implementation}")
-    if runtime is not None and runtime.config.mode != "dense":
-        raise ValueError(f"shifted attention needs sparsity mode dense, this model's is {runtime.config.mode}")
+    if runtime is not None and (runtime.config.mode != "dense" or runtime.config.attend is not None):
+        raise ValueError(
+            f"shifted attention needs sparsity mode dense without attend, this model's is {runtime.config.mode}"
+        )
     name = f"{_SHIFTED}{groups}"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(_shifted_attention, groups=groups))
     # No mask at all for a plain causal sequence; otherwise one that training refuses and evaluation needs.

@@ -89,7 +89,7 @@ class Book:
 
     def _fill(self, row: Record, before: Judgement, trained: Trained) -> None:
         after, sparse = trained.after, trained.after_sparse
-        row.keep, row.fidelity = trained.keep, trained.fidelity
+        row.keep, row.fidelity, row.density = trained.keep, trained.fidelity, trained.density
         row.peak_gib, row.peak_reserved_gib = trained.peak_gib, trained.peak_reserved_gib
         row.wall_s, row.concurrent = sum(trained.step_s), self.study.workers
         row.loss_after = after.loss

@@ -78,7 +78,8 @@ class MethodConfig(Frozen):
             stretch where every token is labelled).
             `labels-only`: no gradient through the prompt: only blocks with labels, no gradients into other keys.
             `random-blocks`: as lemo-backward with the share `keep`, blocks drawn at random in each layer.
-            `lemo-backward`, `lemo-segments`, `lemo-forward`: as `sparsity` says.
+            `lemo-backward`, `lemo-segments`, `lemo-forward`: as `sparsity` says; `lemo-attend` and those with
+            `+attend`: with `sparsity.attend`.
         setting: names the row's knobs; unique among the rows of one method. `default` is the product's default.
         keep: `truncated` and `random-blocks`: share of tokens.
         sparsity: the lemo methods' settings.
@@ -97,6 +98,9 @@ class MethodConfig(Frozen):
         "lemo-backward",
         "lemo-segments",
         "lemo-forward",
+        "lemo-attend",
+        "lemo-backward+attend",
+        "lemo-segments+attend",
     ]
     setting: str = "default"
     keep: Share | None = None
@@ -114,13 +118,15 @@ class MethodConfig(Frozen):
         if self.method.startswith("lemo-") != (self.sparsity is not None):
             raise ValueError(f"sparsity belongs to the lemo methods, and each needs it (here: {self.method})")
         if self.sparsity is not None:
-            wanted = {
-                "lemo-backward": ("backward", ("energy",)),
-                "lemo-segments": ("backward", ("segments",)),
-                "lemo-forward": ("forward", ("energy",)),
-            }[self.method]
-            if self.sparsity.mode != wanted[0] or self.sparsity.policy not in wanted[1]:
-                raise ValueError(f"{self.method} needs sparsity.mode {wanted[0]} and policy {' or '.join(wanted[1])}")
+            mode, policy = {
+                "lemo-backward": ("backward", "energy"),
+                "lemo-segments": ("backward", "segments"),
+                "lemo-forward": ("forward", "energy"),
+                "lemo-attend": ("dense", "energy"),
+            }[self.method.removesuffix("+attend")]
+            if (self.sparsity.mode, self.sparsity.policy) != (mode, policy):
+                raise ValueError(f"{self.method} needs sparsity.mode {mode} and policy {policy}")
+            refuse_other_attend(self.method, self.sparsity)
         return self
 
 
@@ -161,6 +167,12 @@ class QualityConfig(Frozen):
         if any(row.equal_time or row.timed for row in self.methods) and self.timed_steps == 0:
             raise ValueError("equal_time and timed need timed_steps over 0")
         return self
+
+
+def refuse_other_attend(method: str, sparsity: SparsityConfig) -> None:
+    """Raises ValueError where a method's name and `sparsity.attend` don't agree."""
+    if method.endswith("attend") != (sparsity.attend is not None):
+        raise ValueError(f"sparsity.attend belongs to lemo-attend and methods with +attend (here: {method})")
 
 
 def refuse_same_names(names: Sequence[tuple[str, str]]) -> None:

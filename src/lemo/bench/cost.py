@@ -10,20 +10,24 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
 | `forward` | 2 keep, with checkpointing 3 keep, of each branch; predictors' first matrices once | 3.5 s, 4.5 s |
 | LongLoRA | as LoRA | 3.5 s, 4.5 s |
+| `attend` | 3 | 4.5 r |
+| `backward+attend` | as `backward` | r + 3.5 s |
 
-s is the share of the causal work: in `backward` the kept queries', in `forward` the kept queries' with the kept keys,
-in LongLoRA that within groups. A multiplication and an addition are two operations. `lemo.bench.cost_memory` counts
-bytes.
+s is the share of the causal work: in `backward` the kept queries', with `attend` what these see, in `forward` the kept
+queries' with the kept keys, in LongLoRA that within groups; r the density of what queries see. A multiplication and an
+addition are two operations. `lemo.bench.cost_memory` counts bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from lemo.bench.shapes import SHAPES
 from lemo.config import PredictorConfig
+from lemo.kernels.block_lists import BlockLists
+from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
 
 TERA = 1e12
@@ -40,6 +44,7 @@ def step_flop(
     keep: float = 1.0,
     work: float = 1.0,
     mlp_keep: float | None = None,
+    density: float = 1.0,
 ) -> float:
     """Operations of one step of one sequence.
 
@@ -50,33 +55,36 @@ def step_flop(
         labels: labelled tokens; the loss's products run over these alone.
         method: as in the records; Liger's loss runs over all tokens, and so does the one of all logits.
         keep: share of tokens kept: by `lemo-backward`, or by `lemo-forward` in attention.
-        work: s, see `causal_work` and `kept_work`.
+        work: s, see `causal_work`, `attended_work` and `kept_work`.
         mlp_keep: the same as `keep` in `lemo-forward`'s MLPs; None if equal.
+        density: r.
     """
-    if method == "lemo-backward":
-        return sum(part_flop(shape, layers, T, labels, keep, work).values())
+    if method.startswith("lemo-backward"):
+        return sum(part_flop(shape, layers, T, labels, keep, work, density).values())
     unit = _Units(shape, T)
     linear, attention = (3.0, 4.5) if checkpointed(method) else (2.0, 3.5)
     head = unit.head(T if "liger" in method or "logits" in method else labels)
     if method.startswith("longlora"):
         attention *= GROUPED_WORK
     if not method.startswith("lemo-forward"):
-        return layers * (linear * unit.linear + attention * unit.attention) + head
+        return layers * (linear * unit.linear + attention * density * unit.attention) + head
     kept = keep * unit.attention_linear + (keep if mlp_keep is None else mlp_keep) * unit.mlp_linear
     return layers * (linear * kept + attention * work * unit.attention + unit.choice) + head
 
 
 def checkpointed(method: str) -> bool:
     """Whether a method recomputes whole layers."""
-    return "+ckpt" in method
+    return "+ckpt" in method or method == "lemo-attend"
 
 
-def part_flop(shape: str, layers: int, T: int, labels: int, keep: float, work: float) -> dict[str, float]:
+def part_flop(
+    shape: str, layers: int, T: int, labels: int, keep: float, work: float, density: float = 1.0
+) -> dict[str, float]:
     """Operations of `lemo-backward`'s step by part and kind, as `lemo.bench.parts` names them; arguments as above."""
     unit = _Units(shape, T)
     kept = keep * (unit.linear - unit.key_value)
     a_layer = {
-        "forward attention": unit.attention,
+        "forward attention": density * unit.attention,
         "forward linears": unit.linear,
         "keys and values linears": unit.key_value,
         "recompute attention": work * unit.attention,
@@ -120,6 +128,17 @@ def kept_work(plans: Iterable[TokenPlan], T: int) -> float:
     """The kept tokens' attention among themselves as a share of one sequence's causal work, mean over plans."""
     shares = [len(plan.host_rows) * (len(plan.host_rows) + 1) / (T * (T + 1)) for plan in plans]
     return sum(shares) / len(shares) if shares else 1.0
+
+
+def attended_work(
+    plans: Mapping[tuple[int, str], TokenPlan], lists: Mapping[int, tuple[AttendGrid, BlockLists]]
+) -> float:
+    """What kept queries see, as a share of all causal attention, mean over layers; without plans all are kept."""
+    shares = []
+    for layer, (grid, _) in lists.items():
+        plan = plans.get((layer, "attention"))
+        shares.append(grid.pairs(None if plan is None else plan.host_rows) / grid.causal_pairs)
+    return sum(shares) / len(shares)
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype) -> float | None:

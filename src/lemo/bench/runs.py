@@ -53,6 +53,7 @@ class Trained:
     Attributes:
         after: the dense model's judgement; `after_sparse`: with blocks left out as in training (`forward` only).
         keep, fidelity: means over steps and layers; of truncated sequences, the share of tokens.
+        density: of causal attention, mean over steps and layers; None where queries see everything.
         step_s: seconds of each step.
     """
 
@@ -60,6 +61,7 @@ class Trained:
     after_sparse: Judgement | None
     keep: float
     fidelity: float | None
+    density: float | None
     peak_gib: float
     peak_reserved_gib: float | None
     step_s: tuple[float, ...]
@@ -151,6 +153,7 @@ class Laboratory:
                 after_sparse=after_sparse,
                 keep=sums["keep_mean"] * self._share(method),
                 fidelity=sums["fidelity_mean"],
+                density=sums["density_mean"],
                 peak_gib=sums["peak_gib"],
                 peak_reserved_gib=sums["peak_reserved_gib"],
                 step_s=tuple(line["step_s"] for line in metrics),

@@ -22,7 +22,7 @@ from torch import Tensor
 import lemo
 from lemo.bench import records
 from lemo.bench.baselines import shift_attention
-from lemo.bench.cost import TERA, causal_work, kept_work, matmul_ceiling, part_flop, step_flop
+from lemo.bench.cost import TERA, attended_work, causal_work, kept_work, matmul_ceiling, part_flop, step_flop
 from lemo.bench.cost_memory import moved_bytes, stored_bytes
 from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.parts import time_parts
@@ -64,6 +64,7 @@ class Measured:
 
     Attributes:
         keep, mlp_keep: means over layers and branches, and over MLPs alone; `attention_keep` over attention alone.
+        density: of the forward's causal attention, None where queries see everything.
         work: share of the causal attention work, as `lemo.bench.cost` says.
     """
 
@@ -72,6 +73,7 @@ class Measured:
     attention_keep: float
     mlp_keep: float
     fidelity: float | None
+    density: float | None
     work: float
     peak_gib: float
     peak_reserved_gib: float | None
@@ -210,6 +212,8 @@ def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, dev
     plans = {} if runtime is None else runtime.last_plans
     if method.forward:
         work = kept_work([plan for (_, branch), plan in plans.items() if branch == "attention"], place.T)
+    elif runtime is not None and runtime.last_lists:
+        work = attended_work(plans, runtime.last_lists)
     else:
         work = causal_work(plans.values(), place.T)
     attention, mlp = zip(*stats.keep, strict=True) if stats.keep else ((1.0,), (1.0,))
@@ -219,6 +223,7 @@ def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, dev
         statistics.mean(attention),
         statistics.mean(mlp),
         stats.fidelity_mean,
+        stats.density,
         work,
         peak.peak_gib,
         peak.peak_reserved_gib,
@@ -294,7 +299,8 @@ def record(
 
     `details`: `layers` it has and `full_depth`; `weights_gib`; `out_of_memory`; `labels`; `tflop` of the step by
     `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products; `stored_gib` and `moved_gb` by
-    `lemo.bench.cost_memory`; with `parts`, `parts_ms` of one step, and of `lemo-backward` `parts_tflop`.
+    `lemo.bench.cost_memory`; with `parts`, `parts_ms` of one step, and of `lemo-backward`, alone or with `attend`,
+    `parts_tflop`.
     """
     row = Record(
         bench="step",
@@ -323,13 +329,13 @@ def record(
         row.step_ms = statistics.median(milliseconds)
         row.step_ms_min, row.step_ms_max = min(milliseconds), max(milliseconds)
         row.tokens_per_s = 1000 * place.T / row.step_ms
-        row.keep, row.fidelity = measured.keep, measured.fidelity
+        row.keep, row.fidelity, row.density = measured.keep, measured.fidelity, measured.density
+        density = 1.0 if measured.density is None else measured.density
         sizes, labels, keeps = (place.shape, place.layers, place.T), config.labelled(place.T), (1.0, 1.0)
         if method.forward:
             keeps = measured.attention_keep, measured.mlp_keep
-        cost = step_flop(
-            *sizes, labels, method.method, keeps[0] if method.forward else measured.keep, measured.work, keeps[1]
-        )
+        keep = keeps[0] if method.forward else measured.keep
+        cost = step_flop(*sizes, labels, method.method, keep, measured.work, keeps[1], density)
         row.details["tflop"] = cost / TERA
         row.details["stored_gib"] = stored_bytes(*sizes, method.method, config.lora.targets, *keeps) / GIB
         if method.method != "lemo-backward":
@@ -337,8 +343,8 @@ def record(
         row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
         if measured.parts_ms is not None:
             row.details["parts_ms"] = measured.parts_ms
-        if measured.parts_ms is not None and method.method == "lemo-backward":
-            flop = part_flop(*sizes, labels, measured.keep, measured.work)
+        if measured.parts_ms is not None and method.method.startswith("lemo-backward"):
+            flop = part_flop(*sizes, labels, measured.keep, measured.work, density)
             row.details["parts_tflop"] = {name: value / TERA for name, value in flop.items()}
     return row
 

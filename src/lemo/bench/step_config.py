@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lemo.bench.config import Tokens, refuse_same_names
+from lemo.bench.config import Tokens, refuse_other_attend, refuse_same_names
 from lemo.config import Frozen, LoraConfig, Share, SparsityConfig
 from lemo.config_io import flags, load
 
@@ -41,11 +41,11 @@ class StepMethod(Frozen):
         method: `lora`: PEFT LoRA and the segmented loss. `lora+logits`: the same with transformers' own loss, of all
             logits. `lora+ckpt`: `lora` with gradient checkpointing, the strong baseline. `lora+ckpt+liger`: the same
             with Liger's kernels and its loss. `longlora`: `lora` with LongLoRA's shifted attention in four groups.
-            `lemo-backward`, `lemo-forward`: as `sparsity` says; `lemo-forward` chooses by predictors with random
-            weights, of the size they have before they shrink: which blocks that gives says nothing about a real model,
-            what it costs does. With `+ckpt` both are checkpointed.
+            `lemo-backward`, `lemo-attend`, `lemo-backward+attend`, `lemo-forward`: as `sparsity` says; `lemo-forward`
+            chooses by predictors with random weights, of the size they have before they shrink: which blocks that gives
+            says nothing about a real model, what it costs does. With `+ckpt` it and LongLoRA are checkpointed.
         setting: names the row's knobs; unique among the rows of one method.
-        sparsity: `lemo-backward`'s or `lemo-forward`'s settings.
+        sparsity: the lemo methods' settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
             about a real model. `spread`: the labelled ones and as many others, evenly spread, as `keep` asks for;
             choosing is done and paid for all the same. `recorded`: as `spread`, but spread over the sequence as in a
@@ -61,6 +61,8 @@ class StepMethod(Frozen):
         "longlora",
         "longlora+ckpt",
         "lemo-backward",
+        "lemo-attend",
+        "lemo-backward+attend",
         "lemo-forward",
         "lemo-forward+ckpt",
     ]
@@ -71,16 +73,20 @@ class StepMethod(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> StepMethod:
+        backward = self.method in ("lemo-backward", "lemo-backward+attend")
         if self.method.startswith("lemo-") != (self.sparsity is not None):
-            raise ValueError(f"sparsity belongs to lemo-backward and lemo-forward, which need it (here: {self.method})")
+            raise ValueError(f"sparsity belongs to the lemo methods, and each needs it (here: {self.method})")
         if self.sparsity is not None:
-            if self.method == "lemo-backward" and not self.sparsity.by_energy:
-                raise ValueError("lemo-backward needs sparsity.mode backward and policy energy")
+            if backward and not self.sparsity.by_energy:
+                raise ValueError(f"{self.method} needs sparsity.mode backward and policy energy")
             if self.forward and (self.sparsity.mode != "forward" or self.sparsity.calibration is not None):
                 raise ValueError("lemo-forward needs sparsity.mode forward and no calibration, for weights are random")
+            if self.method == "lemo-attend" and self.sparsity.mode != "dense":
+                raise ValueError(f"{self.method} needs sparsity.mode dense")
+            refuse_other_attend(self.method, self.sparsity)
         if (self.placement != "energy") != (self.keep is not None):
             raise ValueError("keep goes together with placement spread or recorded")
-        if self.placement != "energy" and self.method != "lemo-backward":
+        if self.placement != "energy" and not backward:
             raise ValueError(f"placement belongs to lemo-backward (here: {self.method})")
         return self
 
@@ -102,7 +108,7 @@ class StepConfig(Frozen):
         shapes: models.
         lengths: tokens of the one sequence of a step.
         methods: rows; all are measured in one process, shape by shape.
-        labels: labelled tokens, the sequence's last; `all` for every token.
+        labels: labelled tokens, the sequence's last; `all` labels every token (task `lm` in the records).
         placements: file of `placement: recorded`, as `python -m benchmarks.record_placement` writes it.
         warm_up: steps before the timed ones.
         repeats: timed steps; median and range are recorded.

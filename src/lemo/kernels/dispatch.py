@@ -19,6 +19,7 @@ SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
 LARGEST_PREDICTED_BLOCK = 128
 MOST_NUMBERS = 128
+LISTED_BLOCKS = (16, 32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *HALF)
 _log = logging.getLogger("lemo")
@@ -53,6 +54,19 @@ def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | Non
     if q.dtype not in _DTYPES or {k.dtype, v.dtype} != {q.dtype}:
         return f"the kernel takes one dtype of fp32, fp16 and bf16, not {q.dtype}, {k.dtype} and {v.dtype}"
     return None
+
+
+def block_sparse_backend(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str:
+    """`triton` or `torch` for attention by lists of key blocks; logged once for every reason."""
+    reason = _reason_against_lists(q, k, v, key_block)
+    _note("block-sparse attention", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_lists(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str | None:
+    if key_block not in LISTED_BLOCKS:
+        return f"the kernel takes blocks of {', '.join(map(str, LISTED_BLOCKS))} keys, not {key_block}"
+    return _reason_against(q, k, v, dropout=False)
 
 
 def scores_backend(q: Tensor, k: Tensor, block_size: int) -> str:

@@ -8,8 +8,8 @@ unmodified model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,13 +45,18 @@ def needs_no_mask(layout: SequenceLayout, view: ArchitectureView, implementation
     return attention_backend(probe, probe, probe, view.attention_dropout > 0) == "triton"
 
 
-@contextmanager
-def documents_by_bounds(config: Any) -> Iterator[None]:
+def documents_by_bounds(config: Any) -> AbstractContextManager[None]:
     """Inside, a model with this configuration builds no mask, and its attention needs the keyword `BOUNDS`."""
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _no_mask)
+    return stands_in(config, _NAME, _attend)
+
+
+@contextmanager
+def stands_in(config: Any, name: str, attention: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Inside, a model with this configuration builds no mask, and `attention` stands in for its attention function."""
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _no_mask)
     before = config._attn_implementation
-    config._attn_implementation = _NAME
+    config._attn_implementation = name
     try:
         yield
     finally:

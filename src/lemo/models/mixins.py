@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo.loss import segmented_cross_entropy
+from lemo.models.attend import CALL, AttendCall, attention_by_lists
 from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
 from lemo.models.fused import fused
 from lemo.models.runtime import BatchState, Runtime, flag
@@ -34,7 +35,9 @@ PACKS = "_lemo_packs"
 def leaves_out(module: Any, runtime: Runtime) -> bool:
     """Whether this call leaves tokens out: in training, or in evaluation where sparse evaluation was asked for."""
     mode = runtime.config.mode
-    return mode != "dense" and (module.training or (mode == "forward" and runtime.sparse_in_eval))
+    if module.training:
+        return mode != "dense" or runtime.config.attend is not None
+    return mode == "forward" and runtime.sparse_in_eval
 
 
 class SparseCausalLM:
@@ -50,13 +53,14 @@ class SparseCausalLM:
             raise ValueError("logits_to_keep and labels can't be combined in training; leave logits_to_keep out")
         num_items, as_tuple = arguments.pop("num_items_in_batch", None), arguments.pop("return_dict", None) is False
         runtime: Runtime = getattr(self, RUNTIME)
-        with flag(runtime, "own_loss", True):
-            outputs = self.base_model(**arguments)
-        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
         if shifted is None:
             # A row predicts its successor; the last of a sequence predicts nothing.
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        targets = shifted.flatten().to(hidden_ND.device)
+        targets = shifted.flatten()
+        with flag(runtime, "own_loss", True), flag(runtime, "targets", targets != -100):
+            outputs = self.base_model(**arguments)
+        hidden_ND = outputs.last_hidden_state.flatten(0, 1)
+        targets = targets.to(hidden_ND.device)
         with part("loss"):
             loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)
         output = CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
@@ -104,6 +108,9 @@ class SparseDecoder:
             cls_forward = functools.partial(_fusing_last_norm, self, cls_forward)
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
+            if state.attend is not None:
+                with attention_by_lists(self.config):
+                    return cls_forward(**arguments)
             if runtime.config.mode == "backward" and needs_no_mask(
                 layout,
                 getattr(self.layers[0], VIEW),
@@ -172,7 +179,8 @@ class SparseLayer:
             kwargs = _named(functools.partial(cls_forward, hidden_states), args, kwargs)
         if runtime.config.mode == "backward":
             return _run_backward(self, hidden_states, state, cls_forward, kwargs)
-
+        if runtime.config.mode == "dense":
+            return _run_dense(self, hidden_states, state, cls_forward, kwargs)
         return _run_forward(self, hidden_states, state, cls_forward, kwargs)
 
 
@@ -180,7 +188,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     runtime: Runtime = getattr(layer, RUNTIME)
     view: ArchitectureView = getattr(layer, VIEW)
     index: int = getattr(layer, INDEX)
-    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    attend = _attend_call(layer, state)
     call = forward.ForwardCall(
         view,
         state.layout,
@@ -192,7 +200,8 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.bypasses.get((index, "mlp")),
         runtime.predictors.get((index, "attention")),
         runtime.predictors.get((index, "mlp")),
-        checkpointed,
+        _checkpoints(layer),
+        None if attend is None else attend.attend_kept,
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
     plans = forward.ForwardPlans(_dropout_seed(view))
@@ -202,10 +211,48 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
             return cls_forward(x, **kwargs)
         return forward.run_layer(x, call, plans)
 
-    out = layer._gradient_checkpointing_func(run, hidden) if checkpointed else run(hidden)
+    out = _checkpointed(layer, run, hidden)
     if plans.attention is not None and plans.mlp is not None:
         runtime.record(index, plans.attention, plans.mlp)
+    _record_lists(layer, attend)
     return out
+
+
+def _run_dense(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]) -> Tensor:
+    """The unmodified layer, whose attention goes by lists unless everything is kept."""
+    call = _attend_call(layer, state)
+    if call is None:
+        return _checkpointed(layer, lambda x: cls_forward(x, **kwargs), hidden)
+    config = getattr(layer, VIEW).attention_module.config
+
+    def run(x: Tensor) -> Tensor:
+        # A checkpointed recomputation comes when the decoder has put its own attention back.
+        with attention_by_lists(config):
+            return cls_forward(x, **kwargs, **{CALL: call})
+
+    out = _checkpointed(layer, run, hidden)
+    _record_lists(layer, call)
+    return out
+
+
+def _checkpointed(layer: Any, run: Any, hidden: Tensor) -> Tensor:
+    """`run(hidden)`, run again in the backward if the model is checkpointed."""
+    return layer._gradient_checkpointing_func(run, hidden) if _checkpoints(layer) else run(hidden)
+
+
+def _checkpoints(layer: Any) -> bool:
+    return layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+
+
+def _attend_call(layer: Any, state: BatchState) -> AttendCall | None:
+    """Made outside of what is run again: the second run finds the first one's lists."""
+    runtime: Runtime = getattr(layer, RUNTIME)
+    return None if state.attend is None else AttendCall(state, getattr(layer, VIEW).window, runtime.draw_seed)
+
+
+def _record_lists(layer: Any, call: AttendCall | None) -> None:
+    if call is not None and call.grid is not None and call.lists is not None:
+        getattr(layer, RUNTIME).record_lists(getattr(layer, INDEX), call.grid, call.lists)
 
 
 def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -214,6 +261,9 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
     index: int = getattr(layer, INDEX)
     if state.by_bounds:
         kwargs = {**kwargs, BOUNDS: state.bounds_of(view.window)}
+    attend = _attend_call(layer, state)
+    if attend is not None:
+        kwargs = {**kwargs, CALL: attend}
     call = backward.BackwardCall(
         view=view,
         layout=state.layout,
@@ -225,8 +275,11 @@ def _run_backward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: An
         compensate=runtime.config.by_energy and runtime.config.compensate,
         tile_bytes=int(runtime.config.tile_mib * 2**20),
         seed=_dropout_seed(view),
+        attend_rows=None if attend is None else attend.attend,
     )
-    return backward.run_layer(hidden, call)
+    out = backward.run_layer(hidden, call)
+    _record_lists(layer, attend)
+    return out
 
 
 def _dropout_seed(view: ArchitectureView) -> int | None:

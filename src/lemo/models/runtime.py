@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.config import SparsityConfig
+from lemo.config import Attend, SparsityConfig
+from lemo.kernels.block_lists import BlockLists
+from lemo.selection.attend import AttendGrid, build_grid
 from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.layout import causal_bounds
 from lemo.selection.predictor import Predictor
@@ -35,6 +37,9 @@ class BatchState:
         rotary: transformers' (cos, sin) pair and its form with one line a row.
         by_bounds: whether the dense forward's attention takes bounds in a mask's place (`lemo.models.documents`).
         bounds: window -> int32 first and last key of each row.
+        attend: what queries see; None: everything.
+        targets: bool [B·T] on the CPU, rows that enter the loss; None where nothing asks for them.
+        grids: window -> where the lists' blocks lie.
     """
 
     layout: SequenceLayout
@@ -44,6 +49,16 @@ class BatchState:
     rotary: tuple[Any, Rotary] | None = None
     by_bounds: bool = False
     bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attend: Attend | None = None
+    targets: Tensor | None = None
+    grids: dict[int | None, AttendGrid] = field(default_factory=dict)
+
+    def attend_grid(self, heads: int, window: int | None) -> AttendGrid:
+        """Where blocks lie for layers with that sliding window; made once for all of them."""
+        assert self.attend is not None, "only layers that attend by lists ask"
+        if window not in self.grids:
+            self.grids[window] = build_grid(self.layout, self.attend, heads, window, self.targets)
+        return self.grids[window]
 
     def bounds_of(self, window: int | None) -> tuple[Tensor, Tensor]:
         """First and last key of every row under that sliding window, int32 [B·T] each; made once for all layers."""
@@ -62,6 +77,7 @@ class Runtime:
         config: what `sparsify` was given.
         layers: number of decoder layers.
         last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
+        last_lists: layer -> what queries saw in the last pass (`attend`).
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
@@ -72,6 +88,7 @@ class Runtime:
     config: SparsityConfig
     layers: int
     last_plans: dict[tuple[int, str], TokenPlan] = field(default_factory=dict)
+    last_lists: dict[int, tuple[AttendGrid, BlockLists]] = field(default_factory=dict)
     last_spans: tuple[tuple[tuple[int, int], ...], ...] = ()
     bypasses: dict[tuple[int, str], Bypass] = field(default_factory=dict)
     predictors: dict[tuple[int, str], Predictor] = field(default_factory=dict)
@@ -80,11 +97,14 @@ class Runtime:
     dense_only: bool = False
     # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
     own_loss: bool = False
+    # Rows [B·T] that enter that loss.
+    targets: Tensor | None = None
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     passes: int = 0
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], list[float]] = field(default_factory=dict)
     _fidelities: dict[int, list[float]] = field(default_factory=dict)
+    _densities: list[float] = field(default_factory=list)
 
     def seed(self, seed: int) -> None:
         """Seeds the draws of the `segments` and `random` policies."""
@@ -94,8 +114,8 @@ class Runtime:
         """Starts a forward pass.
 
         Raises:
-            ValueError: the `segments` policy is on, and the loss isn't computed by the sparsified model; or bypasses
-                that should train can't.
+            ValueError: the `segments` policy or `attend.labelled` is on, and the loss isn't computed by the sparsified
+                model; or bypasses that should train can't.
         """
         self.state = BatchState(layout, dense=self.dense_only)
         if training and self.config.train_bypass:
@@ -107,6 +127,8 @@ class Runtime:
             if self.state.dense:
                 for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
                     self._keeps.setdefault((layer, branch), []).append(1.0)
+        if training and not self.state.dense:
+            self._begin_attend(self.state)
         if training and self.config.policy == "segments" and not self.dense_only:
             if not self.own_loss:
                 raise ValueError(
@@ -117,6 +139,17 @@ class Runtime:
             self.state.spans = draw_spans(layout, self.config.segments, self.generator)
             self.last_spans = self.state.spans.ranges
         return self.state
+
+    def _begin_attend(self, state: BatchState) -> None:
+        attend = state.attend = self.config.attend
+        if attend is None or attend.labelled == "sparse":
+            return
+        if self.targets is None:
+            raise ValueError(
+                "attend.labelled='dense' must see the labels, but this loss is computed outside the model; call it "
+                "with labels, or choose labelled='sparse'"
+            )
+        state.targets = self.targets.cpu()
 
     def _check_bypasses(self) -> None:
         parameters = [p for bypass in self.bypasses.values() for p in bypass.parameters()]
@@ -169,6 +202,15 @@ class Runtime:
         if attention.fidelity is not None:
             self._fidelities.setdefault(layer, []).append(attention.fidelity)
 
+    def record_lists(self, layer: int, grid: AttendGrid, lists: BlockLists) -> None:
+        """Notes what a layer's queries saw."""
+        self.last_lists[layer] = grid, lists
+        self._densities.append(grid.density)
+
+    def draw_seed(self) -> int:
+        """A seed for one layer call, from lemo's own stream."""
+        return self.generator.getrandbits(63)
+
     def collect(self) -> StepStats:
         """Averages since the last call, then starts anew."""
 
@@ -181,9 +223,11 @@ class Runtime:
                 for i in range(self.layers)
             ),
             fidelity=tuple(mean(self._fidelities.get(i), None) for i in range(self.layers)),
+            density=mean(self._densities, None),
         )
         self._keeps.clear()
         self._fidelities.clear()
+        self._densities.clear()
         return stats
 
     def state_dict(self) -> dict[str, Any]:

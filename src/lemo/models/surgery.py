@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lemo.config import BranchSelection, SparsityConfig
 from lemo.models.architectures import Architecture, architecture_of
+from lemo.models.attend import refuse_dropout
 from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
 from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
@@ -46,7 +47,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     Raises:
         ValueError: unsupported architecture (lists the supported ones), not a CausalLM, already sparsified, or
             per-layer settings whose length isn't the number of layers, or a calibration that is damaged or
-            another model's.
+            another model's, or attention dropout with `attend`.
     """
     causal_lm = _causal_lm(model)
     if get_runtime(model) is not None:
@@ -64,6 +65,8 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
         config = fill_in(config, calibration)
     for name in ("attention", "mlp"):
         _check_per_layer(name, getattr(config, name), len(layers))
+    if config.attend is not None:
+        refuse_dropout(getattr(causal_lm.config, "attention_dropout", 0.0))
     runtime = Runtime(config, len(layers))
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)
@@ -75,7 +78,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     setattr(decoder, RUNTIME, runtime)
     setattr(decoder, PACKS, row.packs)
     _swap(decoder, SparseDecoder)
-    if config.mode != "dense":
+    if config.mode != "dense" or config.attend is not None:
         for index, layer in enumerate(layers):
             _sparsify_layer(layer, index, row, runtime)
     return model

@@ -25,7 +25,10 @@ _LOOKS = dict(
         (
             (INK, "*"),
             (drawing.FIRST, "o"),
+            (drawing.FIRST, "v"),
             (drawing.THIRD, "s"),
+            (drawing.THIRD, "<"),
+            (drawing.FOURTH, "h"),
             (drawing.SECOND, "X"),
             (MUTED, "P"),
             (drawing.SIXTH, "^"),

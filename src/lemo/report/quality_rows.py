@@ -21,7 +21,10 @@ from lemo.report.records import Bucket
 METHODS = (
     BASELINE,
     "lemo-backward",
+    "lemo-backward+attend",
     "lemo-segments",
+    "lemo-segments+attend",
+    "lemo-attend",
     "lemo-forward",
     "random-blocks",
     "labels-only",

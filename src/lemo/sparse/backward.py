@@ -46,6 +46,8 @@ class BackwardCall:
         compensate: whether kept rows stand in for those left out (`lemo.sparse.compensation`).
         tile_bytes: budget of one MLP row tile, 0 for no tiling.
         seed: of the dropout masks, None without dropout.
+        attend_rows: (queries [H, N, d] of some rows, keys and values [K, B·T, d], scale, the rows on the CPU) ->
+            [N, H, d], where the dense forward's attention was sparse; None: every key is seen.
     """
 
     view: LayerView
@@ -58,6 +60,7 @@ class BackwardCall:
     compensate: bool
     tile_bytes: int
     seed: int | None
+    attend_rows: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor] | None = None
     parameters: tuple[torch.nn.Parameter, ...] = ()
     autocast: dict[str, Any] = field(default_factory=dict)
 
@@ -203,7 +206,10 @@ def _attention_branch(
         with on_rows(dropout, rows, site):
             k_kept, v_kept = view.key_value(kept, kept_rotary)
         k, v = k.index_copy(1, rows, k_kept), v.index_copy(1, rows, v_kept)
-    context = attend_rows(view, q, k, v, plan, None, call.layout, dropout)
+    if call.attend_rows is None:
+        context = attend_rows(view, q, k, v, plan, None, call.layout, dropout)
+    else:
+        context = call.attend_rows(q, k, v, view.scaling, plan.host_rows).reshape(len(rows), -1)
     with on_rows(dropout, rows):
         return residual, view.attention_output(context)
 

@@ -68,6 +68,8 @@ class ForwardCall:
         layer: index of the layer, for per-layer thresholds.
         attend: normed hidden states [B, T, D] -> the unmodified attention module's output.
         attention_bypass, mlp_bypass: what eliminated rows get in the branch's place; None for nothing.
+        attend_kept: (queries [H, N, d], keys and values [K, N, d] of the plan's rows, scale, plan) -> [N, H, d], where
+            kept tokens see some of the kept tokens; None: all of them.
         attention_predictor, mlp_predictor: give the scores in place of exact ones; None computes them.
         checkpointed: whether nothing of the layer but its input will be stored.
     """
@@ -83,6 +85,7 @@ class ForwardCall:
     attention_predictor: Predictor | None = None
     mlp_predictor: Predictor | None = None
     checkpointed: bool = False
+    attend_kept: Callable[[Tensor, Tensor, Tensor, float, TokenPlan], Tensor] | None = None
 
 
 def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Tensor:
@@ -105,14 +108,15 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
     if plans.attention is None:
         with part("selection"):
             plans.attention = _plan_attention(hidden_BTD.detach(), call)
-    if plans.attention.keep == 1.0:
+    everything = plans.attention.keep == 1.0 and call.attend_kept is None
+    if everything:
         normed = hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD)
         stream = (hidden_BTD + call.attend(normed)).contiguous()
     else:
         attend = functools.partial(_attend, call=call, plan=plans.attention, dropout=dropout)
         stream = _branch(own_stream(hidden_BTD), "attention", attend, plans.attention, call, call.attention_bypass)
     if view.post_norm:
-        stream = view.attention_norm(own_gradient(stream) if plans.attention.keep < 1.0 else stream)
+        stream = view.attention_norm(stream if everything else own_gradient(stream))
     if plans.mlp is None:
         with part("selection"):
             plans.mlp = _plan_mlp(stream.detach(), call)
@@ -179,7 +183,10 @@ def _attend(normed_ND: Tensor, again: Again, call: ForwardCall, plan: TokenPlan,
         with recomputed(normed_ND, again):
             q = view.query(normed_ND, kept_rotary)
             k, v = view.key_value(normed_ND, kept_rotary)
-        context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
+        if call.attend_kept is None:
+            context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
+        else:
+            context = call.attend_kept(q, k, v, view.scaling, plan).reshape(len(rows), -1)
         return view.attention_output(context)
 
 

@@ -25,6 +25,7 @@ class Summary:
         loss_before, loss_after: held-out loss of the dense model (nats per labelled token); None without evaluation.
         keep_mean: mean share of tokens kept, over steps, layers and branches.
         fidelity_mean: mean fidelity over steps and layers; None where the mode has none.
+        density_mean: mean share of causal attention computed in the forward; None where queries see everything.
         tokens_per_s: real tokens a second, over all steps but the first, which warms up.
         peak_gib, peak_reserved_gib: largest of the steps' peaks (`lemo.memory.PeakMemory` says what is measured).
         seed: `training.seed`.
@@ -48,6 +49,7 @@ class Summary:
     loss_after: float | None
     keep_mean: float
     fidelity_mean: float | None
+    density_mean: float | None
     tokens_per_s: float
     peak_gib: float
     peak_reserved_gib: float | None
@@ -85,6 +87,8 @@ def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     timed = records[1:] or records
     fidelities = [record["fidelity_mean"] for record in records if record["fidelity_mean"] is not None]
+    # Lines of before the attend axis have no density.
+    densities = [record["density"] for record in records if record.get("density") is not None]
     reserved = [record["peak_reserved_gib"] for record in records if record["peak_reserved_gib"] is not None]
     return {
         "steps": len(records),
@@ -92,6 +96,7 @@ def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "labelled_tokens": sum(record["labelled_tokens"] for record in records),
         "keep_mean": statistics.fmean(record["keep_mean"] for record in records),
         "fidelity_mean": statistics.fmean(fidelities) if fidelities else None,
+        "density_mean": statistics.fmean(densities) if densities else None,
         "tokens_per_s": sum(record["tokens"] for record in timed) / sum(record["step_s"] for record in timed),
         "peak_gib": max(record["peak_gib"] for record in records),
         "peak_reserved_gib": max(reserved) if reserved else None,

@@ -124,6 +124,7 @@ class LemoTrainer(Trainer):
             "keep_mean": stats.keep_mean,
             "fidelity": list(stats.fidelity),
             "fidelity_mean": stats.fidelity_mean,
+            "density": stats.density,
         }
         if self.is_world_process_zero():
             self.metrics_log.append(record)
@@ -137,14 +138,16 @@ class LemoTrainer(Trainer):
         stats = runtime.collect()
         if self.args.world_size == 1:
             return stats
-        flat = [value for pair in stats.keep for value in pair] + [-1.0 if f is None else f for f in stats.fidelity]
+        flat = [value for pair in stats.keep for value in pair]
+        flat += [-1.0 if f is None else f for f in (*stats.fidelity, stats.density)]
         mean = self.accelerator.reduce(torch.tensor(flat, device=self.args.device), "mean").tolist()
         layers = len(stats.keep)
         return StepStats(
             keep=tuple((mean[2 * i], mean[2 * i + 1]) for i in range(layers)),
             fidelity=tuple(
-                None if own is None else value for own, value in zip(stats.fidelity, mean[2 * layers :], strict=True)
+                None if own is None else value for own, value in zip(stats.fidelity, mean[2 * layers : -1], strict=True)
             ),
+            density=None if stats.density is None else mean[-1],
         )
 
     # ---- Checkpoints ----

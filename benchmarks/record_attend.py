@@ -1,0 +1,161 @@
+"""Block-sparse attention of Llama-3-8B's heads: forward, backward and the choice of blocks, beside torch's attention.
+
+`python -m benchmarks.record_attend TOKENS FILE.jsonl`, on a GPU; bf16. With `sweep` in the file's place it tries other
+launches at density 0.15 and prints their times, to set those of `lemo.kernels.block_sparse` by.
+
+Rates are per computed work: of a causal attention's operations (two products forward, five backward) the share that
+the lists hold. `kept rows` are every eighth token's queries, over the same lists.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.ops import op_row
+from lemo.bench import records
+from lemo.bench.cost import TERA
+from lemo.bench.records import Record
+from lemo.config import Attend
+from lemo.kernels import block_sparse
+from lemo.kernels.block_sparse import Launch, Queries, block_sparse_backward, block_sparse_forward
+from lemo.selection.attend import AttendGrid, build_grid, choose_blocks
+from lemo.selection.layout import build_layout
+from lemo.types import SequenceLayout
+
+SHAPE, H, K, D = "llama-3-8b", 32, 8, 128
+SCALE = D**-0.5
+DENSITIES = (0.15, 0.25, 1.0)
+KEPT_EVERY = 8
+PRODUCTS = {"forward": 2, "backward": 5}
+LAUNCHES = ("FORWARD", "QUERIES", "KEYS")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Queries [H, T, d], keys and values [K, T, d] of one sequence, and where its blocks lie."""
+
+    name: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: SequenceLayout
+    attend: AttendGrid
+
+    def attention(self, host_rows: Tensor | None) -> tuple[Callable[[], object], Callable[[], object]]:
+        """(forward, backward) of these rows' queries, or of all."""
+        lists = choose_blocks(self.attend, self.q, self.k, SCALE)
+        which, k, v = Queries(lists, host_rows), self.k, self.v
+        q = self.q if host_rows is None else self.q[:, host_rows.to("cuda")]
+        out, lse = block_sparse_forward(q, k, v, which, SCALE)
+        grad = torch.randn_like(out)
+        return (
+            lambda: block_sparse_forward(q, k, v, which, SCALE),
+            lambda: block_sparse_backward(grad, q, k, v, out, lse, which, SCALE),
+        )
+
+
+def setting(T: int, density: float, block: int) -> Setting:
+    """Random queries, keys and values."""
+    drawn = [torch.randn(T, heads, D, device="cuda", dtype=torch.bfloat16).transpose(0, 1) for heads in (H, K, K)]
+    layout = build_layout(1, T, 64, torch.device("cuda"))
+    attend = build_grid(layout, Attend(density=density, block=block), K, None)
+    return Setting(f"density {density}, blocks of {block}", *drawn, layout, attend)
+
+
+def measured(name: str, kind: str, work: float | None, T: int, run: Callable[[], object]) -> Record:
+    """A row whose details have TFLOP/s of `work`, a share of causal attention."""
+    row = op_row(f"{name} {kind}", "lemo-attend", SHAPE, T, run, "cuda")
+    assert row.details is not None
+    assert row.step_ms is not None
+    row.density = work
+    if work is not None:
+        row.details["tflop_per_s"] = work * PRODUCTS[kind] * T * (T + 1) * H * D / (row.step_ms / 1000) / TERA
+    row.details["launch"] = {launch: vars(getattr(block_sparse, launch)) for launch in LAUNCHES}
+    return row
+
+
+@torch.no_grad()
+def block_sparse_rows(T: int, density: float, block: int) -> list[Record]:
+    """Choice, and attention of all rows and of kept ones, at one density."""
+    s = setting(T, density, block)
+    rows = [
+        measured(s.name, "grid", None, T, lambda: build_grid(s.layout, s.attend.attend, K, None)),
+        measured(s.name, "choice", None, T, lambda: choose_blocks(s.attend, s.q, s.k, SCALE)),
+    ]
+    for name, host_rows in (("all rows", None), ("kept rows", torch.arange(0, T, KEPT_EVERY))):
+        work = s.attend.pairs(host_rows) / s.attend.causal_pairs
+        for kind, run in zip(PRODUCTS, s.attention(host_rows), strict=True):
+            rows.append(measured(f"{s.name}, {name}:", kind, work, T, run))
+    return rows
+
+
+def dense_rows(T: int, backend: SDPBackend, name: str) -> list[Record]:
+    """torch's causal attention by one backend."""
+    q, k, v = (
+        torch.randn(1, heads, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (H, K, K)
+    )
+
+    def attend() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with torch.no_grad():
+        forward = measured(f"{name}:", "forward", 1.0, T, attend)
+    out = attend()
+    grad = torch.randn_like(out)
+    backward = lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)  # noqa: E731
+    return [forward, measured(f"{name}:", "backward", 1.0, T, backward)]
+
+
+@torch.no_grad()
+def sweep(T: int) -> None:
+    """Times of other launches, one kernel changed at a time; what a multiprocessor has no room for is left out."""
+    s = setting(T, DENSITIES[0], 64)
+    for name, host_rows in (("all rows", None), ("kept rows", torch.arange(0, T, KEPT_EVERY))):
+        forward, backward = s.attention(host_rows)
+        work = s.attend.pairs(host_rows) / s.attend.causal_pairs
+        for launch in LAUNCHES:
+            kind, run = ("forward", forward) if launch == "FORWARD" else ("backward", backward)
+            usual = getattr(block_sparse, launch)
+            for (lanes, warps), stages in itertools.product(((64, 4), (64, 8), (128, 4), (128, 8)), (2, 3, 4)):
+                setattr(block_sparse, launch, Launch(lanes, warps, stages))
+                label = f"{name}, {launch} {lanes} lanes, {warps} warps, {stages} stages:"
+                try:
+                    row = measured(label, kind, work, T, run)
+                    assert row.details is not None
+                    print(f"    {row.details['tflop_per_s']:.0f} TFLOP/s", flush=True)
+                except OutOfResources as error:
+                    print(f"{label} {error}", flush=True)
+            setattr(block_sparse, launch, usual)
+
+
+def table(rows: list[Record]) -> str:
+    """Milliseconds and TFLOP/s, a line each."""
+    lines = []
+    for row in rows:
+        rate = (row.details or {}).get("tflop_per_s")
+        lines.append(f"{row.setting:58} {row.step_ms:9.2f} ms" + (f" {rate:6.0f} TFLOP/s" if rate else ""))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    tokens, file = int(sys.argv[1]), sys.argv[2]
+    if file == "sweep":
+        sys.exit(sweep(tokens))
+    found = dense_rows(tokens, SDPBackend.FLASH_ATTENTION, "FlashAttention-2")
+    found += dense_rows(tokens, SDPBackend.CUDNN_ATTENTION, "cuDNN")
+    for share in DENSITIES:
+        found += block_sparse_rows(tokens, share, 64)
+    found += block_sparse_rows(tokens, DENSITIES[0], 128)
+    records.write(found, Path(file))
+    print(table(found))

@@ -1,0 +1,173 @@
+"""Block-sparse attention against its twin in fp64: values, every gradient, all rows and some, no memory unwritten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_attention import DEVICE, DTYPES, HEADS, error, poisoned
+
+from lemo.config import Attend
+from lemo.kernels import reference
+from lemo.selection.attend import build_grid, choose_blocks
+from lemo.selection.layout import build_layout
+
+pytest.importorskip("triton")
+from lemo.kernels import block_sparse as kernels
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "one": {"batch": 1, "length": 230},
+    "whole blocks": {"batch": 1, "length": 192},
+    "shorter than a block": {"batch": 1, "length": 11},
+    "two": {"batch": 2, "length": 110},
+    "padding": {
+        "batch": 2,
+        "length": 130,
+        "attention_mask": torch.stack([torch.arange(130) >= 21, torch.arange(130) < 103]).long(),
+    },
+    "packed": {
+        "batch": 1,
+        "length": 230,
+        "position_ids": torch.cat([torch.arange(n) for n in (27, 16, 150, 37)])[None],
+    },
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "random": {"choice": "random", "density": 0.6},
+    "one window block": {"choice": "random", "density": 0.55, "window": 1},
+    "window": {"choice": "none", "density": 0.5},
+    "everything": {"choice": "random", "density": 1.0},
+}
+
+
+def some_rows(layout: Any, which: str) -> torch.Tensor | None:
+    """Kept rows: none given, scattered ones, few, or a stretch; real ones only."""
+    real = (layout.on_host.block_of_row >= 0).nonzero().flatten()
+    n = torch.arange(len(real))
+    keep = {
+        "all": None,
+        "scattered": (n * 7919 % 5) < 2,
+        "few": n % 29 == 3,
+        "end": n >= len(n) - 40,
+        "none": n < 0,
+    }[which]
+    return None if keep is None else real[keep]
+
+
+def draw(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Heads as strides of a projection, [heads, rows, d]; the last, a gradient, [rows, heads, d]."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(n, h, d, generator=generator).to(DEVICE, dtype) for h, n, d in shapes]
+    return [*(x.transpose(0, 1) for x in drawn[:-1]), drawn[-1]]
+
+
+def exact(q: Any, k: Any, v: Any, grad: Any, seen: torch.Tensor, scale: float, dtype: torch.dtype) -> list[Any]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    out = reference.block_sparse_attention(*leaves, seen, scale)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def lists_of(batch: str, choice: dict[str, Any], heads: int, window: int | None, block: int = 16) -> Any:
+    given = {key: x.to(DEVICE) if torch.is_tensor(x) else x for key, x in BATCHES[batch].items()}
+    layout = build_layout(block_size=16, device=torch.device(DEVICE), **given)
+    attend = build_grid(layout, Attend(**choice, block=block), heads, window)
+    empty = torch.empty(heads, layout.rows, 8, device=DEVICE)
+    return layout, choose_blocks(attend, empty, empty, 1.0, lambda: 5)
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch,
+    batch: str,
+    choice: str = "random",
+    which: str = "all",
+    heads: str = "grouped",
+    d: int = 16,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    block: int = 16,
+) -> None:
+    H, K = HEADS[heads]
+    layout, lists = lists_of(batch, CHOICES[choice], K, window, block)
+    host_rows = some_rows(layout, which)
+    rows = torch.arange(layout.rows) if host_rows is None else host_rows
+    N, M = len(rows), layout.rows
+    q, k, v, grad = draw(((H, N, d), (K, M, d), (K, M, d), (H, N, d)), dtype)
+    scale = d**-0.5
+    seen = lists.seen(rows.to(DEVICE), 0, M)
+    wanted = exact(q, k, v, grad, seen, scale, torch.float64)
+    plain = exact(q, k, v, grad, seen, scale, dtype)
+    poisoned(monkeypatch)
+    queries = kernels.Queries(lists, host_rows)
+    out, lse = kernels.block_sparse_forward(q, k, v, queries, scale)
+    found = [out, *kernels.block_sparse_backward(grad, q, k, v, out, lse, queries, scale)]
+    for name, mine, right, low in zip(("o", "q", "k", "v"), found, wanted, plain, strict=True):
+        assert mine.dtype == dtype
+        assert mine.shape == right.shape
+        assert torch.isfinite(mine).all(), name
+        if not N:
+            assert not mine.any()
+            continue
+        # No worse than plain attention in the same precision.
+        limit = error(low, right, grad) + {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        assert error(mine, right, grad) <= limit, f"{name}: {error(mine, right, grad):.2e} over {limit:.2e}"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_all_rows(batch: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, batch, choice)
+
+
+@pytest.mark.parametrize("which", ["scattered", "few", "end", "none"])
+@pytest.mark.parametrize("batch", ["one", "padding", "packed"])
+def test_some_rows(batch: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, batch, "random", which)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", ["all", "scattered"])
+@pytest.mark.parametrize("window", [1, 45, 1000])
+@pytest.mark.parametrize("batch", ["one", "packed"])
+def test_sliding_windows(
+    batch: str, window: int, which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(monkeypatch, batch, "one window block", which, dtype=dtype, window=window)
+
+
+@pytest.mark.parametrize("d", [8, 40, 64, 128])
+@pytest.mark.parametrize("heads", HEADS)
+def test_any_head_size_and_grouping(heads: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, "packed", "random", "scattered", heads, d, DTYPES[-1])
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, "one", "one window block", "all", dtype=DTYPES[-1], d=64, block=block)
+
+
+def test_results_repeat_bit_by_bit() -> None:
+    _, lists = lists_of("packed", CHOICES["random"], 2, None)
+    queries = kernels.Queries(lists, None)
+    q, k, v, grad = draw(((6, 230, 16), (2, 230, 16), (2, 230, 16), (6, 230, 16)), torch.float32)
+    runs = []
+    for _ in range(2):
+        out, lse = kernels.block_sparse_forward(q, k, v, queries, 0.25)
+        runs.append([out, *kernels.block_sparse_backward(grad, q, k, v, out, lse, queries, 0.25)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_lists_are_obeyed() -> None:
+    """Keys outside a query's lists change nothing, keys inside do: the masks above aren't everything."""
+    _, lists = lists_of("one", CHOICES["random"], 2, None)
+    seen = lists.seen(torch.arange(230, device=DEVICE), 0, 230)
+    causal = torch.ones(230, 230, device=DEVICE, dtype=torch.bool).tril()
+    assert (seen <= causal).all()
+    assert not torch.equal(seen[0], seen[1]), "both heads drew the same"
+    assert 0.5 < seen.sum() / (2 * causal.sum()) < 0.6
+    q, k, v, _ = draw(((2, 230, 16), (2, 230, 16), (2, 230, 16), (1, 1, 1)), torch.float32)
+    run = [kernels.block_sparse_forward(q, k, v, kernels.Queries(lists, None), 0.25)[0]]
+    unseen = ~seen[:, 220]
+    moved = k + 7.0 * unseen[..., None]
+    run.append(kernels.block_sparse_forward(q, moved, v, kernels.Queries(lists, None), 0.25)[0])
+    assert torch.equal(run[0][220], run[1][220])
+    assert not torch.equal(run[0][190], run[1][190])
