@@ -1,13 +1,14 @@
-"""What choosing costs `forward` mode: predicting and selecting, beside the dense forward of the same layers.
+"""What choosing costs `forward` mode: predicting and selecting, beside the forward of the same layers.
 
 `python -m benchmarks.record_prediction SHAPE TOKENS FILE.jsonl`; random weights, predictors of the default size before
-they shrink, blocks of 64. Where all blocks are kept, what the choices add to the dense forward is what they cost in
-place; alone, with thresholds that keep half, the device waits for each.
+they shrink, blocks of 64. Where all blocks are kept, what the choices add to the forward is what they cost in place;
+alone, with thresholds that keep half, the device waits for each.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lemo.models import get_runtime, sparse_evaluation
 from lemo.models.calibration import BRANCHES
 from lemo.models.device import choose_device
 from lemo.models.mixins import VIEW
+from lemo.models.runtime import flag
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, predicted_scores
 from lemo.selection.scores import select_by_score
@@ -32,13 +34,13 @@ BLOCK, LAYERS = 64, 4
 
 @torch.no_grad()
 def measure(shape: str, T: int) -> list[Record]:
-    """Rows: layers' dense forward, the same with the choice of both branches where it keeps all, the choice alone."""
+    """Rows: layers' forward, the same with the choice of both branches where it keeps all, the choice alone."""
     device = choose_device("auto")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model: Any = build_shape(shape, LAYERS, T, dtype, device)
-    # So low that all blocks are kept: what is added to the dense forward is the choice.
-    least = BranchSelection(threshold=1e-30)
-    lemo.sparsify(model, SparsityConfig(mode="forward", attention=least, mlp=least, block_size=BLOCK)).eval()
+    # At 0 nobody chooses; at next to nothing all blocks are chosen, so that choosing is all that is added.
+    zero, least = ({b: BranchSelection(threshold=t) for b in BRANCHES} for t in (0.0, 1e-30))
+    lemo.sparsify(model, SparsityConfig(mode="forward", block_size=BLOCK, **zero)).eval()
     runtime = get_runtime(model)
     assert runtime is not None
     decoder = model.get_decoder()
@@ -66,17 +68,19 @@ def measure(shape: str, T: int) -> list[Record]:
         for branch in BRANCHES:
             select_by_score(score(branch), layout, halves[branch], 0)
 
-    def dense() -> None:
-        decoder(input_ids=ids, use_cache=False)
+    def everything(selection: dict[str, BranchSelection]) -> Callable[[], None]:
+        config = runtime.config.model_copy(update=selection)
 
-    def chosen() -> None:
-        with sparse_evaluation(model):
-            decoder(input_ids=ids, use_cache=False)
-        assert runtime.collect().keep_mean == 1.0
+        def run() -> None:
+            with flag(runtime, "config", config), sparse_evaluation(model):
+                decoder(input_ids=ids, use_cache=False)
+            assert runtime.collect().keep_mean == 1.0
+
+        return run
 
     calls = {
-        f"dense forward of {LAYERS} layers": dense,
-        f"the same, with {2 * LAYERS} choices that keep all": chosen,
+        f"forward of {LAYERS} layers without a choice": everything(zero),
+        f"the same, with {2 * LAYERS} choices that keep all": everything(least),
         "the choices of one layer, alone": choose,
     }
     return [op_row(f"prediction: {name}", "lemo-forward", shape, T, run, device) for name, run in calls.items()]

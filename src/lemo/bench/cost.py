@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lemo.bench.shapes import SHAPES
+from lemo.bench.step_config import checkpointed
 from lemo.config import PredictorConfig
 from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import AttendGrid
@@ -70,11 +71,6 @@ def step_flop(
         return layers * (linear * unit.linear + attention * density * unit.attention) + head
     kept = keep * unit.attention_linear + (keep if mlp_keep is None else mlp_keep) * unit.mlp_linear
     return layers * (linear * kept + attention * work * unit.attention + unit.choice) + head
-
-
-def checkpointed(method: str) -> bool:
-    """Whether a method recomputes whole layers."""
-    return "+ckpt" in method or method == "lemo-attend"
 
 
 def part_flop(

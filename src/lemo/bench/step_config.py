@@ -34,6 +34,11 @@ class StepShape(Frozen):
     lengths: tuple[Tokens, ...] | None = None
 
 
+def checkpointed(method: str) -> bool:
+    """Whether a method recomputes whole layers by gradient checkpointing."""
+    return "+ckpt" in method or method == "lemo-attend"
+
+
 class StepMethod(Frozen):
     """One row for each shape and length.
 
@@ -97,8 +102,8 @@ class StepMethod(Frozen):
 
     @property
     def checkpointed(self) -> bool:
-        """Whether whole layers are recomputed."""
-        return "+ckpt" in self.method
+        """See the function."""
+        return checkpointed(self.method)
 
 
 class StepConfig(Frozen):

@@ -122,11 +122,11 @@ def block_sparse_backward(
         tiles = queries.tiles(H // K, KEYS.lanes)
         seen_by = turn_round(lists, tiles)
         here = lists.grid.here
-        _backward_keys[(K, len(here.key_first))](
+        _backward_keys[(K * len(here.key_first),)](
             q_HNd, k_KMd, v_KMd, grad_NHd, lse_HN, delta, dk, dv, *_of_tiles(tiles),
             seen_by.tiles, seen_by.start, _head_stride(seen_by.start), seen_by.head,
             seen_by.order, _head_stride(seen_by.order), here.key_first, here.key_end,
-            scale * LOG2_E, scale, N, *strides, *dk.stride(),
+            scale * LOG2_E, scale, N, K, *strides, *dk.stride(),
             **_constants(q_HNd, k_KMd, lists, tiles, KEYS),
         )  # fmt: skip
     return dq, dk, dv
@@ -340,13 +340,14 @@ def _key_gradient(
 def _backward_keys(
     Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, BLOCK, FIRST, END,
     TILES, START, start_h, HEAD, ORDER, order_h, KEY_FIRST, KEY_END,
-    scale_log2, scale, N,
+    scale_log2, scale, N, heads,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    kv = tl.program_id(0).to(tl.int64)
-    block = tl.load(ORDER + kv * order_h + tl.program_id(1))
+    # One dimension: a grid's others end at 65,535. The longest lists of all heads go first.
+    kv = (tl.program_id(0) % heads).to(tl.int64)
+    block = tl.load(ORDER + kv * order_h + tl.program_id(0) // heads)
     limit = tl.load(KEY_END + block)
     keys = tl.load(KEY_FIRST + block) + tl.arange(0, BN)
     begin = tl.load(START + kv * start_h + block)

@@ -66,6 +66,8 @@ def block_sparse_backend(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str
 def _reason_against_lists(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str | None:
     if key_block not in LISTED_BLOCKS:
         return f"the kernel takes blocks of {', '.join(map(str, LISTED_BLOCKS))} keys, not {key_block}"
+    if q.shape[-1] * q.element_size() > SCORED_BYTES:
+        return f"the kernel takes heads of {SCORED_BYTES} bytes a row, not {q.shape[-1]} of {q.dtype}"
     return _reason_against(q, k, v, dropout=False)
 
 
