@@ -61,6 +61,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
         QUALITY: {
             **{f"quality:{task}": quality_markdown(records, task) for task in TASKS},
             "forward": quality_markdown(named("forward-lm", results), "lm"),
+            "attend": quality_markdown(named("attend-lm", results), "lm"),
         },
     }
 

@@ -71,9 +71,9 @@ class Attend(Frozen):
             and more where `window` and the first block exceed it. None: `window` and the first block alone.
         window: tokens before its query block that a query sees in any case. Default: half of the blocks that
             `density` allows.
-        choice: of distant blocks, in each layer. `pooled`: by the mean of a block's queries and that of a block's
-            keys, for each key head. `random`: drawn anew for each layer and step (a baseline). `none`: the nearest
-            ones, which makes the window wider.
+        choice: of distant blocks, in each layer. `none` (default, the best where it was measured: docs/quality.md): the
+            nearest ones, which makes the window wider. `pooled`: by the mean of a block's queries and that of a block's
+            keys, for each key head. `random`: drawn anew for each layer and step (a baseline).
         labelled: `sparse`: all query blocks alike. `dense`: those with a token that enters the loss see everything, for
             data with few labels.
         block: tokens per key block.
@@ -81,7 +81,7 @@ class Attend(Frozen):
 
     density: Share | None = 0.25
     window: int | None = Field(default=None, ge=1)
-    choice: Literal["pooled", "random", "none"] = "pooled"
+    choice: Literal["none", "pooled", "random"] = "none"
     labelled: Literal["dense", "sparse"] = "sparse"
     block: int = Field(default=64, ge=1)
 
