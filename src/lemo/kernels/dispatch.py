@@ -118,6 +118,22 @@ def gated_backend(gate: Tensor, up: Tensor) -> str:
     return "torch" if reason else "triton"
 
 
+def loss_backend(x: Tensor, plain: bool) -> str:
+    """`triton` or `torch` for the loss of a head's rows; logged once for every reason.
+
+    Args:
+        x: the logits, or what goes into the head.
+        plain: whether the head's backward doesn't need its output.
+    """
+    reason = _reason_against_any(x)
+    if reason is None and not plain:
+        reason = "the head is no plain nn.Linear, or somebody listens to it"
+    if reason is None and x.dtype not in _DTYPES:
+        reason = f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    _note("cross-entropy", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
 def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str:
     """`triton` or `torch` for a predictor's look at every token; logged once for every reason."""
     reason = _reason_against_prediction(x, block_size, numbers, norm_known)
