@@ -223,11 +223,11 @@ def _run_dense(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, 
     call = _attend_call(layer, state)
     if call is None:
         return _checkpointed(layer, lambda x: cls_forward(x, **kwargs), hidden)
-    config = getattr(layer, VIEW).attention_module.config
+    view: ArchitectureView = getattr(layer, VIEW)
 
     def run(x: Tensor) -> Tensor:
         # A checkpointed recomputation comes when the decoder has put its own attention back.
-        with attention_by_lists(config):
+        with attention_by_lists(view.attention_module.config), view.fused():
             return cls_forward(x, **kwargs, **{CALL: call})
 
     out = _checkpointed(layer, run, hidden)
