@@ -196,11 +196,11 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     selection = call.config.attention_selection
     if selection is None or keeps_everything(selection, call.layer):
         return plan_of_everything(layout)
+    hidden = hidden_BTD.flatten(0, 1)
+    if call.attention_predictor is not None:
+        norm, weights = view.attention_norm, view.attention_norm_weights
+        return _predicted(call.attention_predictor, hidden, norm, weights, call, selection)
     with NoDropout():
-        hidden = hidden_BTD.flatten(0, 1)
-        if call.attention_predictor is not None:
-            norm, weights = view.attention_norm, view.attention_norm_weights
-            return _predicted(call.attention_predictor, hidden, norm, weights, call, selection)
         normed = hidden if view.post_norm else view.attention_norm(hidden)
         q = view.query(normed, call.rotary)
         k, _ = view.key_value(normed, call.rotary)
