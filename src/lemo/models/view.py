@@ -85,11 +85,7 @@ class ArchitectureView:
 
     @property
     def has_dropout(self) -> bool:
-        return (
-            self.attention_dropout > 0.0
-            or self.hidden_dropout > 0.0
-            or any(isinstance(m, nn.Dropout) and m.training and m.p > 0.0 for m in self.module.modules())
-        )
+        return self.attention_dropout > 0.0 or self.hidden_dropout > 0.0 or _drops(self.module)
 
     @property
     def mlp_row_bytes(self) -> int:
@@ -171,3 +167,10 @@ class ArchitectureView:
     def _drop(self, branch: Tensor) -> Tensor:
         p = self.hidden_dropout
         return F.dropout(branch, p=p, training=True) if p > 0.0 else branch
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a dropout inside is in effect; torch's own walk makes names, too slow for every layer in every step."""
+    if isinstance(module, nn.Dropout) and module.training and module.p > 0.0:
+        return True
+    return any(_drops(child) for child in module._modules.values() if child is not None)
