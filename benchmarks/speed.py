@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lemo.bench.records import Record, read
 from lemo.bench.step_config import LIGER, STRONG_BASELINE
-from lemo.report.step import Group, Line, groups
+from lemo.report.step import Group, groups
+from lemo.report.step_line import Line
 
 # Step records: marker in docs/speed.md -> file name's end.
 STEPS = {"llama": "step-llama-3-8b", "qwen": "step-qwen3-8b", "qwen128": "step-qwen3-8b-128k", "parts": "step-parts"}

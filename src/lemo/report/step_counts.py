@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from lemo.report.step_line import Line
 from lemo.report.tables import html_table
-
-if TYPE_CHECKING:
-    from lemo.report.step import Line
 
 _HEADS = ("T", "method", "TFLOP", "at the ceiling, ms", "step, ms", "moved, GB", "stored, GiB", "peak but weights, GiB")
 
