@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.ops import op_row
 from lemo.bench import records
 from lemo.bench.cost import TERA
+from lemo.bench.ops import op_row
 from lemo.bench.records import Record
 from lemo.config import Attend
 from lemo.kernels import block_sparse

@@ -16,7 +16,7 @@ import torch
 from lemo.bench import records
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
-from lemo.bench.step import timed
+from lemo.bench.timing import timed
 from lemo.config import RunConfig, SparsityConfig, TrainingConfig
 from lemo.data.labelling import IGNORED
 from lemo.training.job import prepare_model

@@ -1,73 +1,88 @@
-"""What choosing costs `forward` mode: predicting and selecting, beside the dense forward of the same layer.
+"""What choosing costs `forward` mode: predicting and selecting, beside the forward of the same layers.
 
 `python -m benchmarks.record_prediction SHAPE TOKENS FILE.jsonl`; random weights, predictors of the default size before
-they shrink, blocks of 64, thresholds that keep half.
+they shrink, blocks of 64. Where all blocks are kept, what the choices add to the forward is what they cost in place;
+alone, with thresholds that keep half, the device waits for each.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lemo
-from benchmarks.ops import op_row
 from lemo.bench import records
+from lemo.bench.ops import op_row
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
 from lemo.config import BranchSelection, PredictorConfig, SparsityConfig
-from lemo.models import get_runtime
+from lemo.models import get_runtime, sparse_evaluation
 from lemo.models.calibration import BRANCHES
 from lemo.models.device import choose_device
-from lemo.models.watching import BranchCall, watch
+from lemo.models.mixins import VIEW
+from lemo.models.runtime import flag
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, predicted_scores
 from lemo.selection.scores import select_by_score
 
-BLOCK = 64
+BLOCK, LAYERS = 64, 4
 
 
 @torch.no_grad()
 def measure(shape: str, T: int) -> list[Record]:
-    """Rows: a layer's dense forward, and the choice of both branches from their normalised inputs."""
+    """Rows: layers' forward, the same with the choice of both branches where it keeps all, the choice alone."""
     device = choose_device("auto")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model: Any = build_shape(shape, 1, T, dtype, device)
-    config = SparsityConfig(mode="forward", keep=0.5, block_size=BLOCK)
-    lemo.sparsify(model, config).eval()
+    model: Any = build_shape(shape, LAYERS, T, dtype, device)
+    # At 0 nobody chooses; at next to nothing all blocks are chosen, so that choosing is all that is added.
+    zero, least = ({b: BranchSelection(threshold=t) for b in BRANCHES} for t in (0.0, 1e-30))
+    lemo.sparsify(model, SparsityConfig(mode="forward", block_size=BLOCK, **zero)).eval()
     runtime = get_runtime(model)
     assert runtime is not None
-    seen: dict[str, torch.Tensor] = {}
-
-    def visit(call: BranchCall) -> None:
-        seen[call.branch] = call.x
-
-    ids = torch.randint(model.config.vocab_size, (1, T), device=device)
     decoder = model.get_decoder()
-    with watch(model, visit):
-        decoder(input_ids=ids, use_cache=False)
-    hidden = decoder.embed_tokens(ids)
-    positions = torch.arange(T, device=device)[None]
-    layer, rotary = decoder.layers[0], decoder.rotary_emb(hidden, positions)
+    D = model.config.hidden_size
+    ids = torch.randint(model.config.vocab_size, (1, T), device=device)
+    runtime.predictors = {
+        (layer, branch): KINDS[branch](D, PredictorConfig().widths).to(device)
+        for layer in range(LAYERS)
+        for branch in BRANCHES
+    }
+    hidden = decoder.embed_tokens(ids)[0]
     layout = build_layout(1, T, BLOCK, torch.device(device))
-    predictors = {b: KINDS[b](seen[b].shape[1], PredictorConfig().widths).to(device) for b in BRANCHES}
-    selections = {}
-    for branch, predictor in predictors.items():
-        predictor.requires_grad_(False)
-        half = predicted_scores(predictor, seen[branch], layout, False).median()
-        selections[branch] = BranchSelection(threshold=(float(half),))
+    view = getattr(decoder.layers[0], VIEW)
+    norms = {
+        "attention": (view.attention_norm, view.attention_norm_weights),
+        "mlp": (view.mlp_norm, view.mlp_norm_weights),
+    }
+
+    def score(branch: str) -> torch.Tensor:
+        return predicted_scores(runtime.predictors[0, branch], hidden, *norms[branch], layout, False)
+
+    halves = {branch: BranchSelection(threshold=float(score(branch).median())) for branch in BRANCHES}
 
     def choose() -> None:
-        for branch, predictor in predictors.items():
-            score = predicted_scores(predictor, seen[branch], layout, False)
-            select_by_score(score, layout, selections[branch], 0)
+        for branch in BRANCHES:
+            select_by_score(score(branch), layout, halves[branch], 0)
 
-    def forward() -> None:
-        layer(hidden, position_embeddings=rotary, attention_mask=None)
+    def everything(selection: dict[str, BranchSelection]) -> Callable[[], None]:
+        config = runtime.config.model_copy(update=selection)
 
-    calls = {"dense forward of a layer": forward, "choice": choose}
+        def run() -> None:
+            with flag(runtime, "config", config), sparse_evaluation(model):
+                decoder(input_ids=ids, use_cache=False)
+            assert runtime.collect().keep_mean == 1.0
+
+        return run
+
+    calls = {
+        f"forward of {LAYERS} layers without a choice": everything(zero),
+        f"the same, with {2 * LAYERS} choices that keep all": everything(least),
+        "the choices of one layer, alone": choose,
+    }
     return [op_row(f"prediction: {name}", "lemo-forward", shape, T, run, device) for name, run in calls.items()]
 
 

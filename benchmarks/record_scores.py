@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.ops import op_row
 from lemo.bench import records
+from lemo.bench.ops import op_row
 from lemo.bench.records import Record
 from lemo.selection.scores import block_pair_scores
 

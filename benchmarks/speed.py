@@ -8,10 +8,17 @@ from pathlib import Path
 
 from lemo.bench.records import Record, read
 from lemo.bench.step_config import LIGER, STRONG_BASELINE
-from lemo.report.step import Group, Line, groups
+from lemo.report.step import Group, groups
+from lemo.report.step_line import Line
 
 # Step records: marker in docs/speed.md -> file name's end.
 STEPS = {"llama": "step-llama-3-8b", "qwen": "step-qwen3-8b", "qwen128": "step-qwen3-8b-128k", "parts": "step-parts"}
+# The same of mode `forward`, in docs/forward.md.
+FORWARD = {
+    "forward2": "step-forward-llama-2-7b",
+    "forward3": "step-forward-llama-3-8b",
+    "forwardlong": "step-forward-long",
+}
 SHAPES = {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}
 OUT = "out of memory"
 EXTRAPOLATED = "†"
@@ -48,7 +55,7 @@ class Depth:
 
 def step_records(results: Path, marker: str) -> list[Record]:
     """The step records of one marker."""
-    return [record for path in sorted(results.glob(f"*/*_{STEPS[marker]}.jsonl")) for record in read(path)]
+    return [record for path in sorted(results.glob(f"*/*_{(STEPS | FORWARD)[marker]}.jsonl")) for record in read(path)]
 
 
 def full_depth(results: Path) -> list[Depth]:

@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/quality.md and docs/speed.md, and the figures of docs/, generated from the records.
+"""The tables of README.md, docs/quality.md, docs/speed.md and docs/forward.md, and the figures, from the records.
 
 `python -m benchmarks.table` rewrites them in place, between comments such as `<!-- quality -->`, `<!-- /quality -->`.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figure import draw_depths, draw_frontier, draw_speed
-from benchmarks.speed import STEPS, expected_table, full_depth, parts_tables, speed_table, step_records
+from benchmarks.speed import FORWARD, STEPS, expected_table, full_depth, parts_tables, speed_table, step_records
 from lemo.bench.records import Record, read
+from lemo.report.ops import op_lines, ops_markdown
 from lemo.report.quality import change_text, gain_text, mean_text, quality_markdown
 from lemo.report.quality_rows import TASKS, Study, row_order, studies
 from lemo.report.step import step_markdown
@@ -21,6 +22,7 @@ from lemo.report.step import step_markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY, SPEED = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "speed.md"
+FORWARD_PAGE = ROOT / "docs" / "forward.md"
 # The README's rows: a pattern of the settings shown of each method.
 SHOWN = {
     "lora+ckpt": "default",
@@ -52,9 +54,14 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
             "parts": parts_tables(step_records(results, "parts")),
             **{marker: step_markdown(step_records(results, marker)) for marker in STEPS if marker != "parts"},
         },
+        FORWARD_PAGE: {
+            **{marker: step_markdown(step_records(results, marker)) for marker in FORWARD},
+            "ops": ops_markdown(op_lines(named("ops", results))),
+        },
         QUALITY: {
             **{f"quality:{task}": quality_markdown(records, task) for task in TASKS},
             "forward": quality_markdown(named("forward-lm", results), "lm"),
+            "attend": quality_markdown(named("attend-lm", results), "lm"),
         },
     }
 

@@ -71,9 +71,9 @@ class Attend(Frozen):
             and more where `window` and the first block exceed it. None: `window` and the first block alone.
         window: tokens before its query block that a query sees in any case. Default: half of the blocks that
             `density` allows.
-        choice: of distant blocks, in each layer. `pooled`: by the mean of a block's queries and that of a block's
-            keys, for each key head. `random`: drawn anew for each layer and step (a baseline). `none`: the nearest
-            ones, which makes the window wider.
+        choice: of distant blocks, in each layer. `none` (default, the best where it was measured: docs/quality.md): the
+            nearest ones, which makes the window wider. `pooled`: by the mean of a block's queries and that of a block's
+            keys, for each key head. `random`: drawn anew for each layer and step (a baseline).
         labelled: `sparse`: all query blocks alike. `dense`: those with a token that enters the loss see everything, for
             data with few labels.
         block: tokens per key block.
@@ -81,7 +81,7 @@ class Attend(Frozen):
 
     density: Share | None = 0.25
     window: int | None = Field(default=None, ge=1)
-    choice: Literal["pooled", "random", "none"] = "pooled"
+    choice: Literal["none", "pooled", "random"] = "none"
     labelled: Literal["dense", "sparse"] = "sparse"
     block: int = Field(default=64, ge=1)
 
@@ -342,17 +342,20 @@ class PredictorConfig(Frozen):
 
     Args:
         widths: rows of the three matrices before they shrink; of the last, the length of I(Q) and I(K).
-        steps: training steps of each.
+        steps: training steps; all layers' predictors make each together.
+        memory_gib: newest documents that a step's is drawn from, as many as take so many GiB on the model's device; of
+            each branch.
         learning_rate, weight_decay: AdamW's; the rate falls to zero along a cosine.
         prune_above: zero frequency over which a neuron is taken out; 1 keeps all.
         prune_every: steps between prunings.
     """
 
     widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64, 32)
-    steps: int = Field(default=1024, ge=1)
+    steps: int = Field(default=4096, ge=1)
+    memory_gib: float = Field(default=8.0, gt=0)
     learning_rate: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    prune_above: float = Field(default=0.65, gt=0, le=1)
+    weight_decay: float = Field(default=1.0, ge=0)
+    prune_above: float = Field(default=0.75, gt=0, le=1)
     prune_every: int = Field(default=64, ge=1)
 
 

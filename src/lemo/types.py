@@ -84,6 +84,23 @@ class TokenPlan:
 
 
 @dataclass(frozen=True)
+class NormWeights:
+    """A norm over a row's D numbers, as a kernel takes it.
+
+    Attributes:
+        weight: [D].
+        bias: [D] or None.
+        eps: added to the mean square (variance).
+        centered: whether the mean is taken away first (LayerNorm) or not (RMS norm).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centered: bool
+
+
+@dataclass(frozen=True)
 class StepStats:
     """What a model left out since the last `Runtime.collect`, averaged over micro-batches.
 

@@ -149,6 +149,21 @@ def test_bench_quality_runs_goes_on_and_is_reported(
     assert "labels-only" in (output / "report.html").read_text()
 
 
+def test_bench_ops_runs_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "ops.yaml", tmp_path / "ops"
+    movement = {"width": 8, "lengths": [128], "keeps": [0.5], "block_size": 16}
+    path.write_text(json.dumps({"movement": movement, "dtype": "float32", "repeats": 1, "device": "cpu"}))
+    command = ["bench", "ops", "--config", str(path), "--output", str(output)]
+    assert lemo(monkeypatch, *command, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"records": 10, "report": str(output / "report.html")}
+    assert lemo(monkeypatch, *command) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert lemo(monkeypatch, *command, "--resume", "--set", "movement.keeps=[0.5, 0.25]") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "20 records"
+
+
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert lemo(monkeypatch, "--help") == 0
     out = capsys.readouterr().out

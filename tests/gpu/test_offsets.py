@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lemo
 
 pytest.importorskip("triton")
+from lemo.kernels import movement
 from lemo.kernels.attention import attention_backward, attention_forward
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +48,37 @@ def test_kernels_reach_the_last_of_over_2_31_elements(device: torch.device) -> N
         torch.testing.assert_close(found, right, rtol=0, atol=0)
     assert not dk[:, :-seen].any()
     assert not dv[:, :-seen].any()
+
+
+def test_movement_reaches_the_last_of_over_2_31_numbers(device: torch.device) -> None:
+    needs(16)
+    D, last = 4096, 64
+    T = 2**31 // D + last
+    x, grad = (torch.empty(T, D, device=device, dtype=torch.bfloat16) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    for tensor in (x, grad):
+        tensor[:-last] = float("nan")  # whoever reads another row than the last ones shows it
+        tensor[-last:] = torch.randn(last, D, generator=generator, device=device)
+    rows = torch.arange(T - last, T, device=device)[::2].contiguous()
+    near, near_grad, near_rows = x[-last:].clone(), grad[-last:].clone(), rows - (T - last)
+    weight, y, grad_y = (
+        torch.randn(*n, D, generator=generator, device=device) for n in ((), (last // 2,), (last // 2,))
+    )
+    found = []
+    for stream, gradient, where in ((x, grad, rows), (near, near_grad, near_rows)):
+        normed, kept = movement.gather_norm(
+            stream, where, weight, None, 1e-5, centered=False, dtype=torch.bfloat16, keep_rows=True
+        )
+        assert kept is not None
+        movement.add_rows_(stream, where, y)
+        movement.add_norm_gradient_(gradient, where, grad_y, kept, weight, 1e-5, centered=False)
+        found.append((normed, kept))
+    assert all(torch.equal(far, close) for far, close in zip(*found, strict=True))
+    assert torch.equal(x[-last:], near)
+    assert torch.equal(grad[-last:], near_grad)
+    assert torch.equal(movement.gather_rows(x, rows), movement.gather_rows(near, near_rows))
+    for tensor in (x, grad):
+        assert tensor[: T - last].isnan().all()
 
 
 def test_a_step_of_more_than_2_31_hidden_numbers(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 import lemo
 from lemo.models import get_runtime
-from reference import assert_same_gradients, gradients, hooks, record_layers
+from reference import assert_same_gradients, assert_same_hidden, gradients, hooks, record_layers
 from tiny import BLOCK, CASES, FAMILIES, Batch, make_batch
 
 BRANCHES = ("attention", "mlp")
@@ -46,7 +46,7 @@ def compare(dense: nn.Module, sparse: nn.Module, batch: Batch) -> tuple[ForwardR
     want.loss.backward()
     real = batch.real_mask()
     for mine, theirs in zip(outputs, want.outputs, strict=True):
-        torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
+        assert_same_hidden(mine[real], theirs[real])
     torch.testing.assert_close(loss, want.loss.detach(), rtol=1e-6, atol=0)
     assert_same_gradients(got, gradients(dense))
     return want, plans
@@ -189,7 +189,7 @@ def test_evaluation_is_dense_unless_asked(family: str, device: torch.device) -> 
             sparse(**batch.inputs())
         run = masked_dense(dense, batch, rows_of_plans(sparse))
         for mine, theirs in zip(outputs, run.outputs, strict=True):
-            torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
+            assert_same_hidden(mine[real], theirs[real])
         assert torch.equal(sparse(**batch.inputs()).logits[real], want.logits[real])
 
 

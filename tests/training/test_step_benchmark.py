@@ -129,6 +129,8 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
         ({"methods": [SPREAD | {"sparsity": {"attend": {}}}]}, "sparsity.attend belongs to"),
         ({"methods": [SPREAD | {"method": "lemo-attend", "sparsity": {"mode": "dense", "attend": {}}}]}, "placement"),
         ({"methods": [SPREAD, SPREAD]}, "two rows are lemo-backward"),
+        ({"methods": [{"method": "lemo-forward", "sparsity": {}}]}, "needs sparsity.mode forward and no calibration"),
+        ({"methods": [{"method": "longlora", "sparsity": {}}]}, "sparsity belongs to"),
         ({"methods": [SPREAD | {"placement": "recorded"}]}, "placement recorded needs placements"),
         ({"labels": 64}, "labels .64. must be fewer"),
         ({"shapes": [{"name": "smollm2-135m"}, {"name": "smollm2-135m"}]}, "two shapes are smollm2-135m"),
@@ -150,6 +152,51 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
     # What operations are counted for is timed too.
     assert set(sparse.details["parts_tflop"]) <= set(parts)
     assert all(ms > 0 for ms in (*whole.values(), *parts.values()))
+
+
+FORWARD = {"setting": "keep 0.5", "sparsity": {"mode": "forward", "keep": 0.5, "block_size": 8}}
+METHODS: list[dict[str, Any]] = [
+    {"method": "lora"},
+    {"method": "lora+logits"},
+    {"method": "longlora"},
+    {"method": "lemo-forward", **FORWARD},
+    {"method": "lemo-forward+ckpt", **FORWARD},
+]
+
+
+def test_forward_and_its_baselines(tmp_path: Path) -> None:
+    rows = step.run_steps(benchmark(tmp_path / "b", methods=METHODS, labels="all"))
+    assert [(r.method, r.keep, r.task) for r in rows] == [
+        ("lora", 1.0, "lm"),
+        ("lora+logits", 1.0, "lm"),
+        ("longlora", 1.0, "lm"),
+        ("lemo-forward", 0.5, "lm"),
+        ("lemo-forward+ckpt", 0.5, "lm"),
+    ]
+    lora, _, longlora, sparse, checkpointed = (r.details or {} for r in rows)
+    assert lora["labels"] == 63
+    assert longlora["tflop"] < lora["tflop"]
+    assert sparse["tflop"] < checkpointed["tflop"] < lora["tflop"]
+    assert checkpointed["stored_gib"] < sparse["stored_gib"] < lora["stored_gib"] / 2
+    assert sparse["moved_gb"] < lora["moved_gb"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m["method"])
+def test_a_method_is_what_its_name_says(method: dict[str, Any], tmp_path: Path) -> None:
+    config = benchmark(tmp_path / "b", methods=[method], labels="all", lora={"targets": ["q_proj", "o_proj"]})
+    model = step.wrapped(config, step.Place("smollm2-135m", 2, 64), config.methods[0], "cpu")
+    batch = step.sequence(64, model.config.vocab_size, config.labelled(64), "cpu")
+    assert (batch["labels"][0] == -100).tolist() == [True] + [False] * 63
+    runtime = get_runtime(model)
+    assert (runtime is None) == (method["method"] == "lora+logits")
+    model(**batch).loss.backward()
+    assert (model.config._attn_implementation == "sdpa") == (method["method"] != "longlora")
+    trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "o_proj"}
+    if method["method"].startswith("lemo-forward"):
+        assert runtime is not None
+        assert runtime.predictors.keys() == {(i, b) for i in (0, 1) for b in ("attention", "mlp")}
+        assert all(plan.keep == 0.5 for plan in runtime.last_plans.values())
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -12,7 +12,8 @@ import pytest
 from lemo.bench.records import KEYS, Record, read, write
 from lemo.bench.step_config import LIGER
 from lemo.report.quality_rows import studies
-from lemo.report.step import Group, Line
+from lemo.report.step import Group
+from lemo.report.step_line import Line
 from synthetic_quality import RETRIEVAL, study
 from synthetic_run import write_run
 

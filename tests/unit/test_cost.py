@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lemo.bench.cost import attended_work, causal_work, part_flop, step_flop
+from lemo.bench.cost import GROUPED_WORK, attended_work, causal_work, kept_work, part_flop, step_flop
+from lemo.bench.cost_memory import moved_bytes, stored_bytes
 from lemo.config import Attend
 from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
@@ -34,7 +35,7 @@ def test_what_queries_dont_see_costs_nothing() -> None:
     attention = 8 * 4.5 * 2 * 65536 * 65537 * 4096
     dense = step_flop(*arguments, "lora+ckpt")
     assert step_flop(*arguments, "lemo-attend", density=0.15) == pytest.approx(dense - 0.85 * attention)
-    both = step_flop(*arguments, "lemo-backward+attend", 0.25, 0.02, 0.15)
+    both = step_flop(*arguments, "lemo-backward+attend", 0.25, 0.02, density=0.15)
     without = step_flop(*arguments, "lemo-backward", 0.25, 0.3)
     assert without - both == pytest.approx(attention / 4.5 * (0.85 + 3.5 * 0.28))
 
@@ -70,3 +71,51 @@ def test_late_queries_are_most_of_the_work(rows: range | list[int], share: float
     kept[list(rows)] = True
     plan = plan_from_blocks(kept, build_layout(1, 8, 1, torch.device("cpu")))
     assert causal_work([plan], 8) == pytest.approx(share)
+
+
+def test_forward_leaves_out_what_it_leaves_out() -> None:
+    # SmolLM2: q and o 576 x 576, k and v 576 x 192, three of 576 x 1,536; predictors' first matrices 3 x 64 x 576.
+    attention_linear, mlp_linear = 2 * 1024 * (2 * 576 * 576 + 2 * 576 * 192), 2 * 1024 * 3 * 576 * 1536
+    attention = 2 * 2 * 576 * 1024 * 1025 / 2
+    choice, head = 2 * 1024 * 576 * 3 * 64, 4 * 64 * 576 * 49152
+    shape = ("smollm2-135m", 2, 1024, 64)
+    for method, linear, attending in (("lemo-forward", 2, 3.5), ("lemo-forward+ckpt", 3, 4.5)):
+        wanted = linear * (0.5 * attention_linear + 0.25 * mlp_linear) + attending * 0.3 * attention + choice
+        assert step_flop(*shape, method, 0.5, 0.3, 0.25) == pytest.approx(2 * wanted + head)
+    dense = step_flop(*shape, "lora")
+    assert step_flop(*shape, "lemo-forward") == pytest.approx(dense + 2 * choice)
+    assert dense - step_flop(*shape, "longlora") == pytest.approx(2 * 3.5 * attention * (1 - GROUPED_WORK))
+
+
+def test_what_shifted_groups_leave_of_the_causal_work() -> None:
+    T, group = 4096, 1024
+    within = [group] * 4, [group // 2, *[group] * 3, group // 2]
+    assert pytest.approx(sum(n * n / 2 for half in within for n in half) / 2 / (T * T / 2)) == GROUPED_WORK
+
+
+def test_stored_bytes_by_hand() -> None:
+    """Llama-2-7B's shape: width 4,096, as many heads of keys, MLPs 11,008 wide."""
+    D, F, targets = 4096, 11008, ("q_proj", "k_proj", "v_proj", "o_proj")
+    # Two norms in fp32, four inputs of LoRA, q, k, v and attention's output, three of the MLP.
+    lora = 2 * 2 * D + 4 * D + 4 * D + 3 * F
+    assert stored_bytes("llama-2-7b", 32, 8192, "lora", targets) == 32 * 8192 * 2 * lora
+    sparse = 0.5 * (D + 4 * D) + 0.25 * (D + 2 * F)
+    assert stored_bytes("llama-2-7b", 32, 8192, "lemo-forward", targets, 0.5, 0.25) == 32 * 8192 * 2 * sparse
+    assert stored_bytes("llama-2-7b", 32, 8192, "lora+ckpt", targets) == 32 * 8192 * 2 * D
+    assert stored_bytes("llama-2-7b", 32, 8192, "lora", "all-linear") == 32 * 8192 * 2 * (lora + 2 * D + F)
+
+
+def test_more_kept_moves_more_and_weights_are_always_read() -> None:
+    shape = ("llama-2-7b", 1, 8192)
+    half, all_kept = (moved_bytes(*shape, "lemo-forward", k, k) for k in (0.5, 1.0))
+    weights = 2 * 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    copies = 2 * 2 * 2 * 8192 * 4096
+    assert half - weights - copies == pytest.approx((all_kept - weights - copies) / 2)
+    assert moved_bytes(*shape, "lora+ckpt") > moved_bytes(*shape, "lora")
+
+
+def test_kept_work() -> None:
+    kept = torch.zeros(8, dtype=torch.bool)
+    kept[[0, 3, 5, 7]] = True
+    plan = plan_from_blocks(kept, build_layout(1, 8, 1, torch.device("cpu")))
+    assert kept_work([plan], 8) == pytest.approx(10 / 36)

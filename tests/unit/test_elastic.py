@@ -8,116 +8,123 @@ import pytest
 import torch
 
 from lemo.selection.elastic import LEAST_WIDTH, ZeroCounts, prune
-from lemo.selection.predictor import KINDS, Blocks, LowRankNetwork, Predictor
+from lemo.selection.predictor import KINDS, Blocks
+from lemo.selection.predictor_stack import Active, PredictorStack
 
-D, SIZE, TOKENS = 10, 8, 44
+LAYERS, D, SIZE, TOKENS = 2, 10, 8, 44
 WIDTHS = (9, 8, 6)
+BLOCKS = Blocks(TOKENS, SIZE)
 
 
-def build(branch: str) -> Predictor:
-    """A predictor whose neurons 2 of the first and 3 of the second layer never wake, nor output 1 of a pair."""
+def build(branch: str) -> PredictorStack:
+    """Neurons 2 of the first and 3 of the second layer never wake in model layer 0, nor output 1 of a pair."""
     torch.manual_seed(0)
-    predictor = KINDS[branch](D, WIDTHS).double()
-    # Inputs are never negative, so these are at zero whatever comes.
-    for network in predictor.networks.values():
-        assert isinstance(network, LowRankNetwork)
-        first, second, third = network.matrices
-        first.data[2].abs_().neg_()
-        second.data[3].abs_().neg_()
-        second.data[:, 2 * len(first) :] = second.data[:, 2 * len(first) :].abs() * torch.arange(1, 9)[:, None].ne(4)
-        if branch == "attention" and network is predictor.networks["query"]:
-            third.data[1].neg_()
-    return predictor
+    stack = PredictorStack([KINDS[branch](D, WIDTHS).double() for _ in range(LAYERS)]).double()
+    # Inputs are never negative, so these are at zero whatever comes; all others are awake.
+    for matrix in stack.matrices:
+        matrix.data.abs_()
+    stack.first.data[0, :, 2].neg_()
+    stack.second.data[0, :, 3].neg_()
+    if branch == "attention":
+        stack.third.data[0, 0, 1].neg_()
+    return stack
 
 
 def inputs() -> torch.Tensor:
-    return torch.rand(TOKENS, D, dtype=torch.float64)
+    return torch.rand(LAYERS, TOKENS, D, dtype=torch.float64)
 
 
-def step(predictor: Predictor, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    found = predictor.activations(x, Blocks(TOKENS, SIZE))
+def step(stack: PredictorStack, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
     # The outputs of a pair are multiplied, so one that either leaves at zero teaches the other nothing.
-    outputs = torch.stack([a[-1] for a in found.values()]).prod(0)
-    loss = (outputs**2).sum() - outputs.sum()
+    outputs = stack(x, BLOCKS).top.prod(1)
+    loss = ((outputs - 1) ** 2).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return {name: [a.detach() for a in activations] for name, activations in found.items()}
+    return outputs.detach()
 
 
-def counts_of(predictor: Predictor) -> dict[str, ZeroCounts]:
-    found = {}
-    for name, network in predictor.networks.items():
-        assert isinstance(network, LowRankNetwork)
-        found[name] = ZeroCounts(network)
-    return found
+def counted(stack: PredictorStack, x: torch.Tensor) -> ZeroCounts:
+    counts = ZeroCounts(stack)
+    counts.add(stack(x, BLOCKS))
+    return counts
 
 
 @pytest.mark.parametrize("branch", KINDS)
 def test_pruning_dead_neurons_changes_nothing_that_follows(branch: str) -> None:
-    """Adam's moments stay with their weights: the pruned network trains on exactly as the whole one."""
+    """Adam's moments stay with their weights: the pruned stack trains on exactly as the whole one."""
     whole = build(branch)
-    optimizer = torch.optim.Adam(whole.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-4, weight_decay=0.1)
     # The same inputs throughout: a neuron that others' outputs could wake isn't dead.
     x = inputs()
     for _ in range(3):
         step(whole, optimizer, x)
     pruned = copy.deepcopy(whole)
-    other = torch.optim.Adam(pruned.parameters(), lr=1e-4)
+    other = torch.optim.AdamW(pruned.parameters(), lr=1e-4, weight_decay=0.1)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    counts = counts_of(pruned)
-    with torch.no_grad():
-        for name, activations in pruned.activations(x, Blocks(TOKENS, SIZE)).items():
-            counts[name].add(activations)
-    before = [id(p) for p in pruned.parameters()]
-    prune(pruned, counts, 0.999, other)
-    assert [id(p) for p in pruned.parameters()] == before
-    for name, network in pruned.networks.items():
-        outputs = WIDTHS[2] - 1 if branch == "attention" else 1
-        assert network.widths[0] < WIDTHS[0], name
-        assert network.widths[1] < WIDTHS[1], name
-        assert network.widths[2] <= outputs, name
-    for parameter in pruned.parameters():
-        assert all(v.shape == parameter.shape for v in other.state[parameter].values() if v.dim())
-    assert pruned.size < whole.size
+    prune(pruned, counted(pruned, x), 0.999, other)
+    gone = [(~awake).nonzero().tolist() for awake in pruned.awake]
+    networks = range(len(whole.predictors[0].networks))
+    assert gone[0] == [[0, s, 2] for s in networks]
+    assert gone[1] == [[0, s, 3] for s in networks]
+    assert gone[2] == ([[0, s, 1] for s in networks] if branch == "attention" else [])
     for _ in range(3):
-        a, b = step(whole, optimizer, x), step(pruned, other, x)
-        for name in a:
-            outputs = [n for n in range(a[name][-1].shape[1]) if not (branch == "attention" and n == 1)]
-            torch.testing.assert_close(b[name][-1], a[name][-1][:, outputs])
+        torch.testing.assert_close(step(pruned, other, x), step(whole, optimizer, x))
+    for matrix, awake in zip(pruned.matrices, pruned.awake, strict=True):
+        assert not matrix[~awake].any()
 
 
-def test_a_pairs_outputs_go_together() -> None:
-    predictor = build("attention")
-    optimizer = torch.optim.Adam(predictor.parameters())
-    counts = counts_of(predictor)
-    x = inputs()
-    for name, activations in predictor.activations(x, Blocks(TOKENS, SIZE)).items():
-        counts[name].add(activations)
-    wanted = predictor.pair_scores(x, Blocks(TOKENS, SIZE))
-    prune(predictor, counts, 0.999, optimizer)
-    widths = {network.widths[2] for network in predictor.networks.values()}
-    assert len(widths) == 1
-    torch.testing.assert_close(predictor.pair_scores(x, Blocks(TOKENS, SIZE)), wanted)
+@pytest.mark.parametrize("branch", KINDS)
+def test_what_has_momentum_stays_at_zero_when_taken_out(branch: str) -> None:
+    stack = build(branch)
+    optimizer = torch.optim.AdamW(stack.parameters(), lr=1e-2)
+    for _ in range(3):
+        step(stack, optimizer, inputs())
+    low, middle, top = (torch.zeros_like(a, dtype=torch.float32) for a in stack.awake)
+    low[1, 0, :3] = 1.0
+    middle[1, 0, 5:7] = 1.0
+    counts = ZeroCounts(stack)
+    counts.documents, counts._zeros = 1, [low, middle, top]
+    prune(stack, counts, 0.5, optimizer)
+    for _ in range(3):
+        step(stack, optimizer, inputs())
+    assert not stack.first[1, 0, :3].any()
+    assert not stack.second[1, 0, 5:7].any()
+    assert not stack.third[1, 0, :, 5:7].any()
+    assert stack.first[1, 0, 3:].any(1).all()
+
+
+@pytest.mark.parametrize("branch", KINDS)
+def test_a_finished_predictor_is_smaller_and_puts_out_the_same(branch: str) -> None:
+    stack, x = build(branch), inputs()
+    wanted = stack(x, BLOCKS).top[0]
+    prune(stack, counted(stack, x), 0.999, torch.optim.AdamW(stack.parameters()))
+    sizes = [p.size for p in stack.predictors]
+    pruned, whole = stack.finish()
+    assert [pruned.size < sizes[0], whole.size] == [True, sizes[1]]
+    outputs = 5 if branch == "attention" else 1
+    assert {n.widths for n in pruned.by_name.values()} == {(8, 7, outputs)}
+    found = pruned.outputs(x[0], BLOCKS)
+    if branch == "mlp":
+        wanted = BLOCKS.mean(wanted)
+    left = [n for n in range(wanted.shape[-1]) if not (branch == "attention" and n == 1)]
+    torch.testing.assert_close(found, torch.cat(list(wanted[..., left]), 1))
 
 
 def test_the_busiest_few_stay() -> None:
-    predictor = build("attention")
-    optimizer = torch.optim.Adam(predictor.parameters())
-    counts = counts_of(predictor)
-    for name, activations in predictor.activations(inputs(), Blocks(TOKENS, SIZE)).items():
-        counts[name].add([torch.zeros_like(a) for a in activations])
-    prune(predictor, counts, 0.5, optimizer)
-    assert all(network.widths == (LEAST_WIDTH,) * 3 for network in predictor.networks.values())
+    stack = build("attention")
+    counts, active = ZeroCounts(stack), stack(inputs(), BLOCKS)
+    counts.add(Active(*(torch.zeros_like(a) for a in (active.low, active.middle, active.top))))
+    prune(stack, counts, 0.5, torch.optim.AdamW(stack.parameters()))
+    assert all((awake.sum(-1) == LEAST_WIDTH).all() for awake in stack.awake)
 
 
 def test_frequencies_are_means_over_documents_since_the_last_reset() -> None:
-    predictor = build("mlp")
-    count = counts_of(predictor)["activity"]
-    assert all(not f.any() for f in count.frequencies())
-    zero, one = torch.zeros(4, 9), torch.ones(4, 9)
-    count.add([zero, zero[:, :8], zero[:, :1]])
-    count.add([one, one[:, :8], one[:, :1]])
-    assert all(bool((f == 0.5).all()) for f in count.frequencies())
-    count.reset()
-    assert all(not f.any() for f in count.frequencies())
+    stack = build("mlp")
+    counts, active = ZeroCounts(stack), stack(inputs(), BLOCKS)
+    assert all(not f.any() for f in counts.frequencies())
+    for value in (0.0, 1.0):
+        counts.add(Active(*(torch.full_like(a, value) for a in (active.low, active.middle, active.top))))
+    assert all(bool((f == 0.5).all()) for f in counts.frequencies())
+    counts.reset()
+    assert all(not f.any() for f in counts.frequencies())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from lemo.config import PredictorConfig
+from lemo.models.calibration import widths_of
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Blocks, predicted_scores
-from lemo.selection.predictor_training import Example, PredictorTraining, recall
+from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Blocks, Predictor, predicted_scores
+from lemo.selection.predictor_stack import PredictorStack
+from lemo.selection.predictor_training import GIB, Example, PredictorTraining, recall
 from lemo.selection.scores import attention_informativeness, mlp_informativeness
 
 D, SIZE = 12, 8
@@ -17,9 +22,33 @@ D, SIZE = 12, 8
 
 def attention(widths: tuple[int, int, int] = (6, 5, 4)) -> AttentionPredictor:
     torch.manual_seed(0)
-    predictor = AttentionPredictor(D, widths)
-    predictor.measure(torch.randn(50, D), torch.tensor(0.3))
+    return measured(AttentionPredictor(D, widths))
+
+
+def measured(predictor: Any) -> Any:
+    predictor.center.normal_()
+    predictor.spread.uniform_(0.5, 2.0)
+    predictor.scale.fill_(0.3)
     return predictor
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def by_the_book(predictor: Predictor, x: Tensor, blocks: Blocks) -> list[Tensor]:
+    """Each network's outputs, matrix by matrix and block by block."""
+    x = (x - predictor.center) / predictor.spread
+    found = []
+    for network in predictor.by_name.values():
+        first, second, third = (m.to(x.dtype) for m in network.matrices)
+        low = torch.relu(x @ first.T)
+        if network.pooled:
+            parts = low.split(blocks.size)
+            mean, largest = torch.stack([p.mean(0) for p in parts]), torch.stack([p.amax(0) for p in parts])
+            low = torch.cat([mean, largest, blocks.places(x.device, x.dtype)], 1)
+        found.append(torch.relu(torch.relu(low @ second.T) @ third.T))
+    return found
 
 
 @pytest.mark.parametrize("tokens", [SIZE, 3 * SIZE, 41])
@@ -35,24 +64,75 @@ def test_sums_are_those_of_the_pair_scores(tokens: int, causal: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("branch", KINDS)
-def test_stacked_networks_put_out_what_each_does(branch: str, dtype: torch.dtype) -> None:
+def test_networks_of_any_widths_run_as_one(branch: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    predictor = KINDS[branch](D, (6, 5, 4))
-    predictor.measure(torch.randn(50, D), torch.tensor(0.3))
+    predictor = measured(KINDS[branch](D, (6, 5, 4)))
     first, second = next(iter(predictor.by_name.values())).matrices[:2]
     if branch == "attention":  # As a pruned network would be: narrower than the other.
         first.data, second.data = first.data[1:], torch.cat([second.data[:, 1:6], second.data[:, 7:]], 1)
     x, blocks = torch.randn(41, D).to(dtype), Blocks(41, SIZE)
-    wanted = [activations[-1] for activations in predictor.activations(x, blocks).values()]
+    wanted = by_the_book(predictor, x.double(), blocks)
+    if branch == "mlp":
+        wanted = [blocks.mean(by_token) for by_token in wanted]
     wanted[-1] = wanted[-1] * predictor.scale
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-    for frozen in (False, True, True):
-        predictor.requires_grad_(not frozen)
-        found = predictor.outputs(x, blocks)
-        torch.testing.assert_close(found, torch.cat(wanted, 1).to(found.dtype), **tolerance)
-        assert (predictor._stacked is not None) == frozen
+    found = predictor.outputs(x, blocks)
+    torch.testing.assert_close(found.double(), torch.cat(wanted, 1), **tolerance)
     # Other inputs' dtype: stacked anew.
     torch.testing.assert_close(predictor.outputs(x.float(), blocks), found.float(), **tolerance)
+
+
+@pytest.mark.parametrize("branch", KINDS)
+def test_a_stack_puts_out_what_each_layers_predictor_does(branch: str) -> None:
+    torch.manual_seed(0)
+    predictors = [measured(KINDS[branch](D, (6, 5, 4))) for _ in range(3)]
+    stack, blocks, x = PredictorStack(predictors), Blocks(41, SIZE), torch.randn(3, 41, D)
+    active = stack(x, blocks)
+    for layer, predictor in enumerate(predictors):
+        wanted = torch.stack(by_the_book(predictor, x[layer], blocks))
+        torch.testing.assert_close(active.top[layer], wanted, rtol=1e-5, atol=1e-6)
+    if branch == "attention":
+        wanted = torch.stack([p.pair_scores(y, blocks) / p.scale for p, y in zip(predictors, x, strict=True)])
+        torch.testing.assert_close(stack.estimates(active), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("branch", KINDS)
+def test_layers_train_side_by_side_as_each_does_alone(branch: str) -> None:
+    """Clipping, prunings and the optimizer of one layer know nothing of another."""
+    config = PredictorConfig(steps=12, prune_every=4, prune_above=0.5, learning_rate=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    seen = [together(examples(branch, 3, generator)) for _ in range(4)]
+    torch.manual_seed(0)
+    predictors = [KINDS[branch](D, (9, 8, 6)) for _ in range(3)]
+    alone = [PredictorTraining([copy.deepcopy(p)], SIZE, config) for p in predictors]
+    side_by_side = PredictorTraining(predictors, SIZE, config)
+    for example in seen:
+        side_by_side.see(example, 3)
+        for layer, training in enumerate(alone):
+            training.see(Example(example.x[layer : layer + 1], example.exact[layer : layer + 1]), 3)
+    widths = set()
+    for found, training in zip(side_by_side.finish(), alone, strict=True):
+        (wanted,) = training.finish()
+        assert widths_of({(0, branch): found}) == widths_of({(0, branch): wanted})
+        widths |= {network.widths for network in found.by_name.values()}
+        for key, value in found.state_dict().items():
+            torch.testing.assert_close(value, wanted.state_dict()[key], rtol=1e-3, atol=1e-5)
+    assert (9, 8, 6) not in widths
+
+
+def test_old_documents_are_forgotten_when_memory_is_full() -> None:
+    (example,) = examples("mlp", 1, torch.Generator().manual_seed(0))
+    example = together([example])
+    size = 4 * (example.x.numel() + 2 * example.exact.numel() + 20)
+    torch.manual_seed(0)
+    training = PredictorTraining(
+        [ActivityPredictor(D, (6, 5, 4))], SIZE, PredictorConfig(steps=9, memory_gib=2.5 * size / GIB)
+    )
+    held = []
+    for _ in range(4):
+        training.see(example, 1)
+        held.append(len(training._memory))
+    assert held == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("branch", KINDS)
@@ -83,15 +163,15 @@ def test_a_batch_is_its_documents() -> None:
     positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
     layout = build_layout(1, 60, SIZE, torch.device("cpu"), position_ids=positions)
     parts = [predictor.informativeness(x[a:b], Blocks(b - a, SIZE), False) for a, b in ((0, 25), (25, 60))]
-    torch.testing.assert_close(predicted_scores(predictor, x, layout, False), torch.cat(parts))
+    torch.testing.assert_close(predicted_scores(predictor, x, same, None, layout, False), torch.cat(parts))
 
 
 def test_autocast_changes_no_score() -> None:
     predictor, x = attention(), torch.randn(40, D)
     layout = build_layout(1, 40, SIZE, torch.device("cpu"))
-    wanted = predicted_scores(predictor, x, layout, False)
+    wanted = predicted_scores(predictor, x, same, None, layout, False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(predicted_scores(predictor, x, layout, False), wanted)
+        assert torch.equal(predicted_scores(predictor, x, same, None, layout, False), wanted)
 
 
 def test_half_precision_inputs() -> None:
@@ -102,7 +182,7 @@ def test_half_precision_inputs() -> None:
 
 
 def examples(branch: str, count: int, generator: torch.Generator) -> list[Example]:
-    """Scores that three low-rank matrices can tell: a few directions of the input decide."""
+    """Of one layer; scores that three low-rank matrices can tell: a few directions of the input decide."""
     found = []
     for _ in range(count):
         loud = torch.rand(20, 1, generator=generator).repeat_interleave(SIZE, 0)
@@ -116,17 +196,22 @@ def examples(branch: str, count: int, generator: torch.Generator) -> list[Exampl
     return found
 
 
+def together(of_layers: list[Example]) -> Example:
+    return Example(torch.stack([e.x for e in of_layers]), torch.stack([e.exact for e in of_layers]))
+
+
 @pytest.mark.parametrize("branch", KINDS)
 def test_training_finds_the_blocks_that_count(branch: str) -> None:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    training = PredictorTraining(KINDS[branch](D, (16, 16, 8)), SIZE, PredictorConfig(steps=300, prune_above=0.95))
+    config = PredictorConfig(steps=300, prune_above=0.95)
+    training = PredictorTraining([KINDS[branch](D, (16, 16, 8))], SIZE, config)
     judged = examples(branch, 6, generator)
 
     def judge() -> float:
         blocks = Blocks(20 * SIZE, SIZE)
-        predictor = training.predictor
-        found = [predictor.informativeness(e.x, blocks, False).detach() for e in judged]
+        (predictor,) = training.finish()
+        found = [predictor.informativeness(e.x, blocks, False) for e in judged]
         return sum(recall(f, exact_of(e), 0.5) for f, e in zip(found, judged, strict=True)) / len(judged)
 
     def exact_of(example: Example) -> Tensor:
@@ -135,7 +220,7 @@ def test_training_finds_the_blocks_that_count(branch: str) -> None:
         return attention_informativeness(example.exact, False)
 
     for example in examples(branch, 60, generator):
-        training.see(example, 5)
+        training.see(together([example]), 5)
     assert training.step == 300
     assert judge() >= 0.85, judge()
 

@@ -16,7 +16,7 @@ def judged(loss: float) -> Judgement:
 
 
 def trained(loss: float) -> Trained:
-    return Trained(judged(loss), None, 0.5, None, 1.0, None, (0.1,))
+    return Trained(judged(loss), None, 0.5, None, None, 1.0, None, (0.1,))
 
 
 def test_a_later_run_at_equal_time_leaves_the_rows_gain_alone(tmp_path: Path) -> None:

@@ -95,3 +95,20 @@ def test_damaged_records_are_refused(tmp_path: Path) -> None:
         build_records(tmp_path)
     with pytest.raises(UserError, match="two step records are lora"):
         groups([row("lora", 64, 4, 1.0), row("lora", 64, 4, 2.0)])
+
+
+def test_without_the_strong_baseline_plain_lora_is_one_and_counts_are_shown(tmp_path: Path) -> None:
+    rows = [row("lora", 64, 10, 40.0, 5.0), row("lemo-forward", 64, 10, 20.0, 3.0, setting="keep 0.5", keep=0.5)]
+    for one, stored in zip(rows, (3.5, 1.25), strict=True):
+        assert one.details is not None
+        one.details |= {"stored_gib": stored, "moved_gb": 12.0}
+    (group,) = groups(rows)
+    assert group.baseline_name == "lora"
+    assert group.speed_up(group.lines[1]) == pytest.approx(2.0)
+    assert group.memory_ratio(group.lines[1]) == pytest.approx(0.5)
+    records.write(rows, tmp_path / "records.jsonl")
+    page = build_records(tmp_path).read_text()
+    assert "By count, beside the measurement" in page
+    assert "1.25" in page
+    records.write(ROWS, tmp_path / "records.jsonl")
+    assert "By count" not in build_records(tmp_path).read_text()

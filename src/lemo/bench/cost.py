@@ -8,11 +8,14 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | LoRA | 2: forward, gradient | 3.5: forward 1, backward 2.5 |
 | with gradient checkpointing | 3 | 4.5 |
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
+| `forward` | 2 keep, with checkpointing 3 keep, of each branch; predictors' first matrices once | 3.5 s, 4.5 s |
+| LongLoRA | as LoRA | 3.5 s, 4.5 s |
 | `attend` | 3 | 4.5 r |
 | `backward+attend` | as `backward` | r + 3.5 s |
 
-s is the kept queries' share of the causal work, r the density of what queries see; with `attend`, s counts what kept
-queries see. A multiplication and an addition are two operations.
+s is the share of the causal work: in `backward` the kept queries', with `attend` what these see, in `forward` the kept
+queries' with the kept keys, in LongLoRA that within groups; r the density of what queries see. A multiplication and an
+addition are two operations. `lemo.bench.cost_memory` counts bytes.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lemo.bench.shapes import SHAPES
+from lemo.bench.step_config import checkpointed
+from lemo.config import PredictorConfig
 from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
 
 TERA = 1e12
+# Half of the heads in four groups, a quarter of the causal work; half in three groups and two halves of one.
+GROUPED_WORK = (1 / 4 + 7 / 32) / 2
 
 
 def step_flop(
@@ -37,6 +44,7 @@ def step_flop(
     method: str,
     keep: float = 1.0,
     work: float = 1.0,
+    mlp_keep: float | None = None,
     density: float = 1.0,
 ) -> float:
     """Operations of one step of one sequence.
@@ -46,17 +54,23 @@ def step_flop(
         layers: of the measured model.
         T: tokens.
         labels: labelled tokens; the loss's products run over these alone.
-        method: as in the records; Liger's loss runs over all tokens.
-        keep: `lemo-backward`: share of tokens kept.
-        work: `lemo-backward`: s, see `causal_work` and `attended_work`.
+        method: as in the records; Liger's loss runs over all tokens, and so does the one of all logits.
+        keep: share of tokens kept: by `lemo-backward`, or by `lemo-forward` in attention.
+        work: s, see `causal_work`, `attended_work` and `kept_work`.
+        mlp_keep: the same as `keep` in `lemo-forward`'s MLPs; None if equal.
         density: r.
     """
     if method.startswith("lemo-backward"):
         return sum(part_flop(shape, layers, T, labels, keep, work, density).values())
     unit = _Units(shape, T)
-    linear, attention = (2, 3.5) if method == "lora" else (3, 4.5)
-    head = unit.head(T if "liger" in method else labels)
-    return layers * (linear * unit.linear + attention * density * unit.attention) + head
+    linear, attention = (3.0, 4.5) if checkpointed(method) else (2.0, 3.5)
+    head = unit.head(T if "liger" in method or "logits" in method else labels)
+    if method.startswith("longlora"):
+        attention *= GROUPED_WORK
+    if not method.startswith("lemo-forward"):
+        return layers * (linear * unit.linear + attention * density * unit.attention) + head
+    kept = keep * unit.attention_linear + (keep if mlp_keep is None else mlp_keep) * unit.mlp_linear
+    return layers * (linear * kept + attention * work * unit.attention + unit.choice) + head
 
 
 def part_flop(
@@ -85,7 +99,11 @@ class _Units:
         D, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
         d = values.get("head_dim", D // heads)
         self.key_value = float(2 * T * 2 * D * kv_heads * d)
-        self.linear = self.key_value + 2 * T * (2 * D * heads * d + 3 * D * values["intermediate_size"])
+        self.attention_linear = self.key_value + 2 * T * 2 * D * heads * d
+        self.mlp_linear = float(2 * T * 3 * D * values["intermediate_size"])
+        self.linear = self.attention_linear + self.mlp_linear
+        # Two networks' first matrices in attention, one's in the MLP.
+        self.choice = float(2 * T * D * 3 * PredictorConfig().widths[0])
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * heads * d)
         # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.
@@ -99,6 +117,12 @@ class _Units:
 def causal_work(plans: Iterable[TokenPlan], T: int) -> float:
     """The kept queries' share of one sequence's causal attention work, mean over plans; 1 without plans."""
     shares = [float((plan.host_rows.double() + 1).sum()) / (T * (T + 1) / 2) for plan in plans]
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def kept_work(plans: Iterable[TokenPlan], T: int) -> float:
+    """The kept tokens' attention among themselves as a share of one sequence's causal work, mean over plans."""
+    shares = [len(plan.host_rows) * (len(plan.host_rows) + 1) / (T * (T + 1)) for plan in plans]
     return sum(shares) / len(shares) if shares else 1.0
 
 

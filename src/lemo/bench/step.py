@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import lemo
 from lemo.bench import records
-from lemo.bench.cost import TERA, attended_work, causal_work, matmul_ceiling, part_flop, step_flop
+from lemo.bench.baselines import shift_attention
+from lemo.bench.cost import TERA, attended_work, causal_work, kept_work, matmul_ceiling, part_flop, step_flop
+from lemo.bench.cost_memory import moved_bytes, stored_bytes
 from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.parts import time_parts
 from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
 from lemo.bench.step_config import LIGER, StepConfig, StepMethod, load_step
-from lemo.config import RunConfig, SparsityConfig, TrainingConfig
+from lemo.bench.timing import timed
+from lemo.config import PredictorConfig, RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
 from lemo.errors import UserError
@@ -37,12 +40,13 @@ from lemo.memory.tracker import GIB
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.selection.placement import place_blocks
+from lemo.selection.predictor import KINDS, Predictor
 from lemo.sparse.parts import part
 from lemo.training.directory import refuse_used
 from lemo.training.job import prepare_model
 from lemo.training.storage import storage_errors
 from lemo.training.summary import versions
-from lemo.types import SequenceLayout
+from lemo.types import SequenceLayout, StepStats
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of one row; seconds, GiB, milliseconds. `density`: of the forward's causal attention, None where queries
-    see everything. `work`: what kept queries attend to, as a share of all causal attention."""
+    """Steps of one row; seconds, GiB, milliseconds.
+
+    Attributes:
+        keep, mlp_keep: means over layers and branches, and over MLPs alone; `attention_keep` over attention alone.
+        density: of the forward's causal attention, None where queries see everything.
+        work: share of the causal attention work, as `lemo.bench.cost` says.
+    """
 
     step_s: tuple[float, ...]
     keep: float
+    attention_keep: float
+    mlp_keep: float
     fidelity: float | None
     density: float | None
     work: float
@@ -166,10 +177,11 @@ def _measure(config: StepConfig, place: Place, method: StepMethod, device: str) 
     model = wrapped(config, place, method, device)
     liger = method.method == LIGER
     with liger_kernels(model.get_base_model()) if liger else nullcontext():
-        return _steps(config, place, model, device)
+        return _steps(config, place, method, model, device)
 
 
-def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measured:
+def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, device: str) -> Measured:
+    # None with transformers' own loss.
     runtime: Any = get_runtime(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -189,20 +201,30 @@ def _steps(config: StepConfig, place: Place, model: Any, device: str) -> Measure
     for number in range(config.warm_up + config.repeats):
         if number == config.warm_up:
             tracker.reset()
-            runtime.collect()
+            if runtime is not None:
+                runtime.collect()
         with timed(device) as timer:
             step()
         if number >= config.warm_up:
             seconds.append(timer[0])
-    stats, peak = runtime.collect(), tracker.read()
+    peak = tracker.read()
+    stats = StepStats((), ()) if runtime is None else runtime.collect()
+    plans = {} if runtime is None else runtime.last_plans
+    if method.forward:
+        work = kept_work([plan for (_, branch), plan in plans.items() if branch == "attention"], place.T)
+    elif runtime is not None and runtime.last_lists:
+        work = attended_work(plans, runtime.last_lists)
+    else:
+        work = causal_work(plans.values(), place.T)
+    attention, mlp = zip(*stats.keep, strict=True) if stats.keep else ((1.0,), (1.0,))
     return Measured(
         tuple(seconds),
         stats.keep_mean,
+        statistics.mean(attention),
+        statistics.mean(mlp),
         stats.fidelity_mean,
         stats.density,
-        attended_work(runtime.last_plans, runtime.last_lists)
-        if runtime.last_lists
-        else causal_work(runtime.last_plans.values(), place.T),
+        work,
         peak.peak_gib,
         peak.peak_reserved_gib,
         # A CPU's peak is that of the whole process, from which nothing can be taken.
@@ -218,11 +240,17 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
     run = RunConfig(
         lora=config.lora,
         sparsity=method.sparsity or SparsityConfig(mode="dense"),
-        training=TrainingConfig(gradient_checkpointing=method.method != "lora"),
+        training=TrainingConfig(gradient_checkpointing=method.checkpointed),
     )
     model = prepare_model(base, run)
     model.train()
+    if method.method == "lora+logits":
+        return lemo.restore(model)
+    if method.method.startswith("longlora"):
+        shift_attention(model)
     runtime: Any = get_runtime(model)
+    if method.forward:
+        runtime.predictors = random_predictors(place.layers, model.config.hidden_size, device)
     if method.keep is not None:
         keep, density = method.keep, densities(config, method, place.layers)
         # Every step has the same blocks; placing them isn't a step's work.
@@ -235,6 +263,13 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
 
         runtime.placement = place_once
     return model
+
+
+def random_predictors(layers: int, width: int, device: str) -> dict[tuple[int, str], Predictor]:
+    """Predictors of both branches of every layer, as large as before training; what they predict means nothing."""
+    widths = PredictorConfig().widths
+    found = {(i, branch): KINDS[branch](width, widths) for i in range(layers) for branch in KINDS}
+    return {key: predictor.to(device).requires_grad_(False) for key, predictor in found.items()}
 
 
 def densities(config: StepConfig, method: StepMethod, layers: int) -> list[list[float]]:
@@ -253,7 +288,7 @@ def sequence(T: int, vocabulary: int, labels: int, device: str) -> dict[str, Ten
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, T), generator=generator)
     labelled = tokens.clone()
-    labelled[:, :-labels] = IGNORED
+    labelled[:, : T - labels] = IGNORED
     return {"input_ids": tokens.to(device), "labels": labelled.to(device)}
 
 
@@ -262,9 +297,10 @@ def record(
 ) -> Record:
     """A row.
 
-    `details`: `layers` it has and `full_depth`; `weights_gib`; `out_of_memory`; `tflop` of the step by
-    `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products; with `parts`, `parts_ms` of one step,
-    and of `lemo-backward`, alone or with `attend`, `parts_tflop`.
+    `details`: `layers` it has and `full_depth`; `weights_gib`; `out_of_memory`; `labels`; `tflop` of the step by
+    `lemo.bench.cost`, and `ceiling_tflop_per_s` of the device's matrix products; `stored_gib` and `moved_gb` by
+    `lemo.bench.cost_memory`; with `parts`, `parts_ms` of one step, and of `lemo-backward`, alone or with `attend`,
+    `parts_tflop`.
     """
     row = Record(
         bench="step",
@@ -282,6 +318,7 @@ def record(
     row.details = {
         "layers": place.layers,
         "full_depth": full_depth(place.shape),
+        "labels": config.labelled(place.T),
         "weights_gib": measured.weights_gib if measured else None,
         "out_of_memory": measured is None,
         "tflop": None,
@@ -293,15 +330,21 @@ def record(
         row.step_ms_min, row.step_ms_max = min(milliseconds), max(milliseconds)
         row.tokens_per_s = 1000 * place.T / row.step_ms
         row.keep, row.fidelity, row.density = measured.keep, measured.fidelity, measured.density
-        size = (place.shape, place.layers, place.T, config.labelled(place.T))
         density = 1.0 if measured.density is None else measured.density
-        cost = step_flop(*size, method.method, measured.keep, measured.work, density)
+        sizes, labels, keeps = (place.shape, place.layers, place.T), config.labelled(place.T), (1.0, 1.0)
+        if method.forward:
+            keeps = measured.attention_keep, measured.mlp_keep
+        keep = keeps[0] if method.forward else measured.keep
+        cost = step_flop(*sizes, labels, method.method, keep, measured.work, keeps[1], density)
         row.details["tflop"] = cost / TERA
+        row.details["stored_gib"] = stored_bytes(*sizes, method.method, config.lora.targets, *keeps) / GIB
+        if method.method != "lemo-backward":
+            row.details["moved_gb"] = moved_bytes(*sizes, method.method, *keeps) / 1e9
         row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
         if measured.parts_ms is not None:
             row.details["parts_ms"] = measured.parts_ms
         if measured.parts_ms is not None and method.method.startswith("lemo-backward"):
-            flop = part_flop(*size, measured.keep, measured.work, density)
+            flop = part_flop(*sizes, labels, measured.keep, measured.work, density)
             row.details["parts_tflop"] = {name: value / TERA for name, value in flop.items()}
     return row
 
@@ -309,19 +352,3 @@ def record(
 def _holds(rows: list[Record], place: Place, method: StepMethod) -> bool:
     wanted = (place.shape, place.layers, place.T, method.method, method.setting, records.device_name())
     return any((r.shape, (r.details or {}).get("layers"), r.T, r.method, r.setting, r.gpu) == wanted for r in rows)
-
-
-@contextmanager
-def timed(device: str) -> Iterator[list[float]]:
-    """Seconds until the device has done the work inside, in the list's only place."""
-
-    def wait() -> None:
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    wait()
-    seconds = [0.0]
-    start = time.perf_counter()
-    yield seconds
-    wait()
-    seconds[0] = time.perf_counter() - start

@@ -34,13 +34,21 @@ class StepShape(Frozen):
     lengths: tuple[Tokens, ...] | None = None
 
 
+def checkpointed(method: str) -> bool:
+    """Whether a method recomputes whole layers by gradient checkpointing."""
+    return "+ckpt" in method or method == "lemo-attend"
+
+
 class StepMethod(Frozen):
     """One row for each shape and length.
 
     Args:
-        method: `lora`: PEFT LoRA and the segmented loss. `lora+ckpt`: the same with gradient checkpointing, the
-            strong baseline. `lora+ckpt+liger`: the same with Liger's kernels and its loss. `lemo-backward`,
-            `lemo-attend` and `lemo-backward+attend`: as `sparsity` says.
+        method: `lora`: PEFT LoRA and the segmented loss. `lora+logits`: the same with transformers' own loss, of all
+            logits. `lora+ckpt`: `lora` with gradient checkpointing, the strong baseline. `lora+ckpt+liger`: the same
+            with Liger's kernels and its loss. `longlora`: `lora` with LongLoRA's shifted attention in four groups.
+            `lemo-backward`, `lemo-attend`, `lemo-backward+attend`, `lemo-forward`: as `sparsity` says; `lemo-forward`
+            chooses by predictors with random weights, of the size they have before they shrink: which blocks that gives
+            says nothing about a real model, what it costs does. With `+ckpt` it and LongLoRA are checkpointed.
         setting: names the row's knobs; unique among the rows of one method.
         sparsity: the lemo methods' settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
@@ -50,7 +58,19 @@ class StepMethod(Frozen):
         keep: `spread`, `recorded`: share of the blocks kept in every layer.
     """
 
-    method: Literal["lora", "lora+ckpt", "lora+ckpt+liger", "lemo-backward", "lemo-attend", "lemo-backward+attend"]
+    method: Literal[
+        "lora",
+        "lora+logits",
+        "lora+ckpt",
+        "lora+ckpt+liger",
+        "longlora",
+        "longlora+ckpt",
+        "lemo-backward",
+        "lemo-attend",
+        "lemo-backward+attend",
+        "lemo-forward",
+        "lemo-forward+ckpt",
+    ]
     setting: str = "default"
     sparsity: SparsityConfig | None = None
     placement: Literal["energy", "spread", "recorded"] = "energy"
@@ -64,7 +84,9 @@ class StepMethod(Frozen):
         if self.sparsity is not None:
             if backward and not self.sparsity.by_energy:
                 raise ValueError(f"{self.method} needs sparsity.mode backward and policy energy")
-            if not backward and self.sparsity.mode != "dense":
+            if self.forward and (self.sparsity.mode != "forward" or self.sparsity.calibration is not None):
+                raise ValueError("lemo-forward needs sparsity.mode forward and no calibration, for weights are random")
+            if self.method == "lemo-attend" and self.sparsity.mode != "dense":
                 raise ValueError(f"{self.method} needs sparsity.mode dense")
             refuse_other_attend(self.method, self.sparsity)
         if (self.placement != "energy") != (self.keep is not None):
@@ -72,6 +94,16 @@ class StepMethod(Frozen):
         if self.placement != "energy" and not backward:
             raise ValueError(f"placement belongs to lemo-backward (here: {self.method})")
         return self
+
+    @property
+    def forward(self) -> bool:
+        """Whether tokens are left out of the forward pass."""
+        return self.method.startswith("lemo-forward")
+
+    @property
+    def checkpointed(self) -> bool:
+        """See the function."""
+        return checkpointed(self.method)
 
 
 class StepConfig(Frozen):
@@ -120,7 +152,7 @@ class StepConfig(Frozen):
         return self
 
     def labelled(self, T: int) -> int:
-        """Labelled tokens of a sequence: the first has no token before it."""
+        """Labels of a sequence; nothing predicts its first token."""
         return T - 1 if self.labels == "all" else self.labels
 
 

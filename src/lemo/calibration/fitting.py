@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,31 +56,38 @@ def fit(
     steps = -(-settings.steps // count)
     branches = BRANCHES if config.branches == "both" else (config.branches,)
     torch.manual_seed(config.seed)
-    trainings: dict[Key, PredictorTraining] = {}
-    first_size: dict[Key, int] = {}
+    # By branch, one a layer.
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    trainings: dict[str, PredictorTraining] = {}
+    first_size: dict[str, int] = {}
     fits: dict[Key, BypassFit] = {}
 
     def visit(call: BranchCall) -> None:
         if call.branch not in branches:
             return
-        key = (call.layer, call.branch)
-        if key not in trainings:
-            predictor = KINDS[call.branch](call.x.shape[-1], settings.widths).to(call.x.device)
-            first_size[key] = predictor.size
-            trainings[key] = PredictorTraining(predictor, config.block_size, settings, config.seed)
-        exact = exact_scores(call, config.block_size, config.score == "mass")
-        trainings[key].see(Example(call.x.clone(), exact), steps)
+        seen[call.branch].append((call.x, exact_scores(call, config.block_size, config.score == "mass")))
         if config.bypass_rank:
             add_to_fit(fits, call, torch.ones(call.x.shape[0], dtype=torch.bool, device=call.x.device))
 
     with watch(model, visit):
         for number, ids in enumerate(sequences, start=1):
             model.get_decoder()(input_ids=ids[None], use_cache=False)
+            for branch, of_layers in seen.items():
+                example = Example(*(torch.stack(values) for values in zip(*of_layers, strict=True)))
+                if branch not in trainings:
+                    L, _, D = example.x.shape
+                    begun = [KINDS[branch](D, settings.widths).to(example.x.device) for _ in range(L)]
+                    first_size[branch] = begun[0].size
+                    trainings[branch] = PredictorTraining(begun, config.block_size, settings, config.seed)
+                trainings[branch].see(example, steps)
+            seen.clear()
             told(number)
     solved = {key: fit.solve(min(config.bypass_rank, fit.width)) for key, fit in fits.items()}
+    finished = {branch: training.finish() for branch, training in trainings.items()}
+    predictors = {(layer, branch): one for branch, found in finished.items() for layer, one in enumerate(found)}
     return Fitted(
-        predictors={key: training.predictor.requires_grad_(False) for key, training in trainings.items()},
+        predictors=predictors,
         bypasses={key: bypass for key, (bypass, _) in solved.items()},
-        first_size=first_size,
+        first_size={key: first_size[key[1]] for key in predictors},
         explained={key: explained for key, (_, explained) in solved.items()},
     )

@@ -177,6 +177,28 @@ def bench_step(
     _print_records(as_json, len(rows), path)
 
 
+@bench.command("ops")
+def bench_ops(
+    config: Annotated[Path, typer.Option("--config", help="YAML file: operations and sizes.")],
+    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    overrides: Set = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Measure what the benchmark in --output lacks.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of single operations: our kernels, their plain twins, the naive way and other libraries."""
+    from lemo.bench.ops_config import load_ops
+
+    settings = load_ops(config, output=output, device=device, overrides=overrides or [])
+    with _work(as_json):
+        from lemo.bench.ops import run_ops
+
+        with _kept(settings.output, "finished rows are"):
+            rows = run_ops(settings, resume=resume)
+        path = _report(Path(settings.output))
+    _print_records(as_json, len(rows), path)
+
+
 @app.command()
 def report(
     source: Annotated[Path, typer.Argument(help="Run directory, or benchmark records: a directory or JSONL file.")],

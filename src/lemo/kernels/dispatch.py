@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 LARGEST_HEAD = 256
+WIDEST_ROW = 32768
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
+LARGEST_PREDICTED_BLOCK = 128
+MOST_NUMBERS = 128
 LISTED_BLOCKS = (16, 32, 64, 128)
 LISTED_BYTES = 2**15
 HALF = (torch.float16, torch.bfloat16)
@@ -43,12 +46,8 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str:
 
 
 def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | None:
-    if plain_torch():
-        return "LEMO_KERNELS=torch asks for it"
-    if q.device.type != "cuda":
-        return f"Triton kernels need a CUDA device, the tensors are on {q.device.type}"
-    if not _has_triton():
-        return "triton isn't installed"
+    if reason := _reason_against_any(q):
+        return reason
     if dropout:
         return "the kernel has no attention dropout"
     if q.shape[-1] > LARGEST_HEAD or v.shape[-1] != q.shape[-1]:
@@ -89,6 +88,82 @@ def _reason_against_scores(q: Tensor, k: Tensor, block_size: int) -> str | None:
     if q.shape[-1] * q.element_size() > SCORED_BYTES:
         return f"the kernel takes heads of {SCORED_BYTES} bytes a row, not {q.shape[-1]} of {q.dtype}"
     return _reason_against(q, k, k, dropout=False)
+
+
+def movement_backend(*tensors: Tensor) -> str:
+    """`triton` or `torch` for moving rows of the first tensor; logged once for every reason.
+
+    Args:
+        tensors: the stream [T, D], and whatever floating tensors are read or written with its rows.
+    """
+    reason = _reason_against_movement(tensors)
+    _note("movement of selected rows", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_movement(tensors: tuple[Tensor, ...]) -> str | None:
+    stream = tensors[0]
+    if reason := _reason_against_any(stream):
+        return reason
+    if stream.shape[-1] > WIDEST_ROW:
+        return f"the kernels take rows of at most {WIDEST_ROW} numbers, not {stream.shape[-1]}"
+    if odd := {str(x.dtype) for x in tensors if x.dtype not in _DTYPES}:
+        return f"the kernels take fp32, fp16 and bf16, not {', '.join(sorted(odd))}"
+    return None
+
+
+def gated_backend(gate: Tensor, up: Tensor) -> str:
+    """`triton` or `torch` for SiLU times a projection; logged once for every reason."""
+    reason = _reason_against_any(gate)
+    if reason is None and (gate.dtype not in HALF or up.dtype != gate.dtype):
+        # In fp32 numbers stay bitwise the unmodified model's.
+        reason = f"the kernel takes one dtype of fp16 and bf16, not {gate.dtype} and {up.dtype}"
+    _note("SiLU times a projection", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def loss_backend(x: Tensor, plain: bool) -> str:
+    """`triton` or `torch` for the loss of a head's rows; logged once for every reason.
+
+    Args:
+        x: the logits, or what goes into the head.
+        plain: whether the head's backward doesn't need its output.
+    """
+    reason = _reason_against_any(x)
+    if reason is None and not plain:
+        reason = "the head is no plain nn.Linear, or somebody listens to it"
+    if reason is None and x.dtype not in _DTYPES:
+        reason = f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    _note("cross-entropy", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str:
+    """`triton` or `torch` for a predictor's look at every token; logged once for every reason."""
+    reason = _reason_against_prediction(x, block_size, numbers, norm_known)
+    _note("prediction of informativeness", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str | None:
+    if reason := _reason_against_any(x):
+        return reason
+    if not norm_known:
+        return "the kernel knows RMS norms and LayerNorm, before the branch"
+    if block_size > LARGEST_PREDICTED_BLOCK:
+        return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
+    if numbers > MOST_NUMBERS:
+        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
+    return None if x.dtype in _DTYPES else f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+
+
+def _reason_against_any(x: Tensor) -> str | None:
+    """What keeps every Triton kernel from running."""
+    if plain_torch():
+        return "LEMO_KERNELS=torch asks for it"
+    if x.device.type != "cuda":
+        return f"Triton kernels need a CUDA device, the tensors are on {x.device.type}"
+    return None if _has_triton() else "triton isn't installed"
 
 
 def prefix_by_library(q: Tensor) -> bool:

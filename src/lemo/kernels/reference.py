@@ -75,6 +75,19 @@ def block_pair_scores(
     return padded.view(blocks, block_size, blocks, block_size).amax((1, 3))
 
 
+def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
+    """What a predictor's first matrix makes of each row after its norm, [N, r].
+
+    Args:
+        hidden_ND: the residual stream.
+        matrix_rD, offset_r: with the norm's weight and bias in them.
+        eps, centered: the norm's (LayerNorm, or RMS norm).
+    """
+    x = hidden_ND - hidden_ND.mean(1, keepdim=True) if centered else hidden_ND
+    x = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
+    return torch.relu(x @ matrix_rD.T + offset_r)
+
+
 class PlainAttention:
     """Attention without a mask that shows its denominators, natural logarithms [K, rows]; twin of a library's.
 
@@ -102,3 +115,79 @@ class PlainAttention:
         delta = (grad_Krd * out_Krd).sum(-1, keepdim=True)
         ds = p * (grad_Krd @ v_Kmd.transpose(1, 2) - delta) * scale
         return ds @ k_Kmd, ds.transpose(1, 2) @ q_Krd, p.transpose(1, 2) @ grad_Krd
+
+
+def gather_rows(x_TD: Tensor, rows_N: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`x[rows]` in another dtype."""
+    return x_TD[rows_N].to(dtype or x_TD.dtype)
+
+
+def gather_norm(
+    x_TD: Tensor,
+    rows_N: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    eps: float,
+    *,
+    centered: bool,
+    dtype: torch.dtype,
+    keep_rows: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of `x[rows]` in fp32 or wider, and the rows themselves if asked for."""
+    x_ND = x_TD if rows_N is None else x_TD[rows_N]
+    y_ND = _standard(_wide(x_ND), eps, centered)[0] * _wide(weight_D)
+    if bias_D is not None:
+        y_ND = y_ND + _wide(bias_D)
+    return y_ND.to(dtype), x_ND if keep_rows else None
+
+
+def add_rows_(x_TD: Tensor, rows_N: Tensor, y_ND: Tensor) -> None:
+    """`x[rows] += y`, summed in fp32 or wider."""
+    x_TD[rows_N] = (_wide(x_TD[rows_N]) + _wide(y_ND)).to(x_TD.dtype)
+
+
+def add_norm_gradient_(
+    grad_TD: Tensor | None,
+    rows_N: Tensor | None,
+    grad_y_ND: Tensor,
+    x_ND: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    *,
+    centered: bool,
+    parameters: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds the gradient that the norm's input gets to `grad[rows]`; gradients of weight and bias if asked for."""
+    standard, reciprocal = _standard(_wide(x_ND), eps, centered)
+    g, grad_y = _wide(grad_y_ND) * _wide(weight_D), _wide(grad_y_ND)
+    if grad_TD is not None:
+        change = g - standard * (g * standard).mean(1, keepdim=True)
+        change = change - g.mean(1, keepdim=True) if centered else change
+        rows_N = torch.arange(len(x_ND), device=x_ND.device) if rows_N is None else rows_N
+        add_rows_(grad_TD, rows_N, change * reciprocal)
+    return ((grad_y * standard).sum(0), grad_y.sum(0)) if parameters else (None, None)
+
+
+def _standard(x_ND: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor]:
+    """Standardised rows, and the reciprocal of their standard deviation."""
+    x_ND = x_ND - x_ND.mean(1, keepdim=True) if centered else x_ND
+    reciprocal = (x_ND.square().mean(1, keepdim=True) + eps).rsqrt()
+    return x_ND * reciprocal, reciprocal
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, in fp32 or wider."""
+    gate_wide = _wide(gate)
+    return (gate_wide * gate_wide.sigmoid() * _wide(up)).to(gate.dtype)
+
+
+def silu_times_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    grad_wide, gate_wide = _wide(grad), _wide(gate)
+    share = gate_wide.sigmoid()
+    of_gate = grad_wide * _wide(up) * share * (1 + gate_wide * (1 - share))
+    return of_gate.to(gate.dtype), (grad_wide * gate_wide * share).to(up.dtype)

@@ -8,7 +8,7 @@ parameters.
 
 Rejected: recomputing the logits in the backward pass (one more matmul with the model's largest matrix, and
 dropout in a LoRA-wrapped head would need its random state replayed); a fused kernel on raw weights (LoRA,
-bias and quantised heads would each need their own).
+bias and quantised heads would each need their own): the head is a module, and on a GPU a kernel takes its logits.
 
 Shapes: N rows (tokens of the whole batch), R labelled rows, C rows of one chunk, D hidden size, V vocabulary.
 """
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lemo.kernels.dispatch import loss_backend
 
 IGNORED = -100
 CHUNK_MIB = 512
@@ -144,6 +146,14 @@ def _chunk_loss_and_gradients(
     """Losses [C] of one chunk, and the gradient of their sum for each of `inputs` (None where unused)."""
     with torch.enable_grad(), _without_autocast_cache():
         logits_CV = head(hidden_CD)
+    if _by_kernel(head, logits_CV):
+        from lemo.kernels import cross_entropy
+
+        loss_C = cross_entropy.row_losses(logits_CV.detach(), labels_C, gradient=logits_CV.requires_grad)
+        if not logits_CV.requires_grad:
+            return loss_C, [None] * len(inputs)
+        # The kernel wrote the gradient over the logits, which a plain head doesn't need again.
+        return loss_C, list(torch.autograd.grad(logits_CV, inputs, logits_CV.detach(), allow_unused=True))
     log_p_CV = _log_probabilities(logits_CV.detach())
     log_p_label_C1 = log_p_CV.gather(1, labels_C[:, None])
     if not logits_CV.requires_grad:
@@ -163,9 +173,28 @@ def _row_losses(hidden_ND: Tensor, head: nn.Module, labels_N: Tensor, rows_R: Te
         for rows_C in rows_R.split(chunk_rows):
             if rows_C.numel() == 0:
                 continue
-            log_p_CV = _log_probabilities(head(hidden_ND.index_select(0, rows_C)))
-            losses.append(-log_p_CV.gather(1, labels_N[rows_C][:, None])[:, 0])
+            logits_CV = head(hidden_ND.index_select(0, rows_C))
+            if _by_kernel(head, logits_CV):
+                from lemo.kernels import cross_entropy
+
+                losses.append(cross_entropy.row_losses(logits_CV, labels_N[rows_C], gradient=False))
+            else:
+                losses.append(-_log_probabilities(logits_CV).gather(1, labels_N[rows_C][:, None])[:, 0])
     return _concatenated(losses, hidden_ND)
+
+
+def _by_kernel(head: nn.Module, x: Tensor) -> bool:
+    """Whether the kernel takes a head's logits, and may write over them.
+
+    Args:
+        x: the logits, or what goes into the head.
+    """
+    return loss_backend(x, _plain(head)) == "triton"
+
+
+def _plain(head: nn.Module) -> bool:
+    """A linear that nobody listens to: its backward doesn't read its output."""
+    return type(head) is nn.Linear and not (head._forward_hooks or head._backward_hooks or "forward" in head.__dict__)
 
 
 def _log_probabilities(logits_CV: Tensor) -> Tensor:
@@ -222,12 +251,18 @@ def _chunk_rows(head: nn.Module, hidden_ND: Tensor, asked: int | None) -> int:
     head's V·D weights for 2·C operations a weight, so fewer rows would leave a GPU (hundreds of operations a byte)
     waiting for memory. The gradient of a *trainable* head (V×D, plus its fp32 sum) comes on top; no chunking
     avoids it.
+
+    A plain head's logits become their gradient in place (`lemo.kernels.cross_entropy`): a row needs s·V, so half of the
+    budget holds 1,024 rows, with which the gradient's product fills a GPU too.
     """
     if asked is not None:
         if asked < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {asked}")
         return asked
-    rows = CHUNK_MIB * 2**20 // ((hidden_ND.element_size() + 12) * _vocabulary(head, hidden_ND))
+    budget, bytes_each = CHUNK_MIB * 2**20, hidden_ND.element_size() + 12
+    if _by_kernel(head, hidden_ND):
+        budget, bytes_each = budget // 2, hidden_ND.element_size()
+    rows = budget // (bytes_each * _vocabulary(head, hidden_ND))
     return max(rows // ROWS_MULTIPLE * ROWS_MULTIPLE, min(rows, ROWS_MULTIPLE), 1)
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lemo.loss import segmented_cross_entropy
 from lemo.models.attend import CALL, AttendCall, attention_by_lists
 from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
+from lemo.models.fused import fused
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
@@ -104,6 +105,7 @@ class SparseDecoder:
         B, T = tokens.shape[:2]
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
+            cls_forward = functools.partial(_fusing_last_norm, self, cls_forward)
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
             if state.attend is not None:
@@ -121,6 +123,13 @@ class SparseDecoder:
         if layout.packed and may_need_mask:
             arguments["attention_mask"] = document_mask(layout.documents, tokens, self.config, self.dtype)
         return cls_forward(**arguments)
+
+
+def _fusing_last_norm(decoder: Any, run: Any, **arguments: Any) -> Any:
+    """The norm after the last layer, which sees every row, takes one pass too where it is recognised."""
+    norm = getattr(decoder, "norm", None)
+    with fused((), [] if norm is None else [norm]):
+        return run(**arguments)
 
 
 def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
@@ -191,6 +200,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.bypasses.get((index, "mlp")),
         runtime.predictors.get((index, "attention")),
         runtime.predictors.get((index, "mlp")),
+        _checkpoints(layer),
         None if attend is None else attend.attend_kept,
     )
     # Outside `run`: a checkpointed recomputation finds the plans of the first run.
@@ -213,11 +223,11 @@ def _run_dense(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, 
     call = _attend_call(layer, state)
     if call is None:
         return _checkpointed(layer, lambda x: cls_forward(x, **kwargs), hidden)
-    config = getattr(layer, VIEW).attention_module.config
+    view: ArchitectureView = getattr(layer, VIEW)
 
     def run(x: Tensor) -> Tensor:
         # A checkpointed recomputation comes when the decoder has put its own attention back.
-        with attention_by_lists(config):
+        with attention_by_lists(view.attention_module.config), view.fused():
             return cls_forward(x, **kwargs, **{CALL: call})
 
     out = _checkpointed(layer, run, hidden)
@@ -227,8 +237,11 @@ def _run_dense(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, 
 
 def _checkpointed(layer: Any, run: Any, hidden: Tensor) -> Tensor:
     """`run(hidden)`, run again in the backward if the model is checkpointed."""
-    checkpointed = layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-    return layer._gradient_checkpointing_func(run, hidden) if checkpointed else run(hidden)
+    return layer._gradient_checkpointing_func(run, hidden) if _checkpoints(layer) else run(hidden)
+
+
+def _checkpoints(layer: Any) -> bool:
+    return layer.__dict__.get("gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
 
 
 def _attend_call(layer: Any, state: BatchState) -> AttendCall | None:

@@ -1,4 +1,5 @@
-"""transformers' RMS norms, run by torch's fused kernel while a sparse layer runs.
+"""Norms that are recognised: transformers' RMS norms, run by torch's fused kernel while a sparse layer runs; and, for
+kernels that normalise rows as they read them (`lemo.kernels.movement`), torch's LayerNorm too.
 
 As transformers writes it a norm copies its input to fp32, squares it and scales it, and autograd keeps such copies: 1
 GiB each at 64K tokens of width 4,096, where keys and values of all rows are rebuilt. torch's kernel reads and writes
@@ -9,6 +10,7 @@ module itself runs.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import HALF
+from lemo.types import NormWeights
+
+_log = logging.getLogger("lemo")
 
 # weight * x / sqrt(mean(x²) + variance_epsilon), all of one text.
 _KNOWN = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
@@ -27,9 +32,44 @@ _MOST = 2**31
 
 def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What to run in place of a known norm's `forward`; None for any other module."""
+    return functools.partial(_forward, module) if _is_rms(module) else None
+
+
+def norm_weights(module: Any) -> NormWeights | None:
+    """What a kernel needs to compute a known norm by itself.
+
+    None, said once in the log, for any other, or one that somebody listens to.
+    """
+    if reason := _reason_against(module):
+        _note(reason)
+        return None
+    if _is_rms(module):
+        return NormWeights(module.weight, None, module.variance_epsilon, centered=False)
+    return NormWeights(module.weight, module.bias, module.eps, centered=True)
+
+
+def _is_rms(module: nn.Module) -> bool:
     kind = type(module)
-    known = kind.__name__ in _KNOWN and kind.__module__.startswith("transformers.models.")
-    return functools.partial(_forward, module) if known else None
+    return kind.__name__ in _KNOWN and kind.__module__.startswith("transformers.models.")
+
+
+def _reason_against(module: Any) -> str | None:
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not _is_rms(module) and type(module) is not nn.LayerNorm:
+        return f"{name} isn't a norm that is known"
+    if module.weight is None or module.weight.dim() != 1:
+        return f"a {name} without a weight a column"
+    # `fused` gives an instance its own `forward`, which computes the same.
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "func", None) is not _forward:
+        return f"a {name} whose forward was replaced"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return f"hooks on a {name}" if any(hooks) else None
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    _log.info("rows aren't normalised as they are read: %s", reason)
 
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:

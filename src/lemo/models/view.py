@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from lemo.models.architectures import Architecture
 from lemo.models.fused import fused
+from lemo.models.norms import norm_weights
 from lemo.sparse.view import Rotary
+from lemo.types import NormWeights
 
 
 class ArchitectureView:
@@ -83,11 +85,7 @@ class ArchitectureView:
 
     @property
     def has_dropout(self) -> bool:
-        return (
-            self.attention_dropout > 0.0
-            or self.hidden_dropout > 0.0
-            or any(isinstance(m, nn.Dropout) and m.training and m.p > 0.0 for m in self.module.modules())
-        )
+        return self.attention_dropout > 0.0 or self.hidden_dropout > 0.0 or _drops(self.module)
 
     @property
     def mlp_row_bytes(self) -> int:
@@ -95,13 +93,14 @@ class ArchitectureView:
         # up, gate, their product and the activation live at once.
         return 4 * up.out_features * up.weight.element_size()
 
-    def fused(self) -> AbstractContextManager[None]:
+    def fused(self, store_less: bool = False) -> AbstractContextManager[None]:
         attention, home, row = self._attention, self._mlp_home, self.row
         linears = [getattr(attention, name) for name in (row.query, row.key, row.value, row.output)]
         linears += [getattr(home, name) for name in (row.gate, row.up, row.down) if name]
         norms = [self._part(name) for name in (row.attention_norm, row.mlp_norm)]
         norms += [getattr(attention, name) for name in (row.query_norm, row.key_norm) if name]
-        return fused(linears, norms)
+        mlps = [home] if row.mlp and row.gate else []
+        return fused(linears, norms, mlps, store_less)
 
     def attention(self, normed_BTD: Tensor, **kwargs: Any) -> Tensor:
         """The unmodified attention module's output (and hidden dropout), as the layer calls it."""
@@ -112,6 +111,14 @@ class ArchitectureView:
 
     def mlp_norm(self, hidden_ND: Tensor) -> Tensor:
         return self._part(self.row.mlp_norm)(hidden_ND)
+
+    @property
+    def attention_norm_weights(self) -> NormWeights | None:
+        return norm_weights(self._part(self.row.attention_norm))
+
+    @property
+    def mlp_norm_weights(self) -> NormWeights | None:
+        return norm_weights(self._part(self.row.mlp_norm))
 
     def _heads(self, projected: Tensor, norm: str | None) -> Tensor:
         attention = self._attention
@@ -160,3 +167,10 @@ class ArchitectureView:
     def _drop(self, branch: Tensor) -> Tensor:
         p = self.hidden_dropout
         return F.dropout(branch, p=p, training=True) if p > 0.0 else branch
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a dropout inside is in effect; torch's own walk makes names, too slow for every layer in every step."""
+    if isinstance(module, nn.Dropout) and module.training and module.p > 0.0:
+        return True
+    return any(_drops(child) for child in module._modules.values() if child is not None)

@@ -41,7 +41,7 @@ def holds_records(source: Path) -> bool:
 
 
 def build_records(source: Path, output: Path | None = None) -> Path:
-    """Writes the report of benchmark records, of a quality study or of training steps; an older one is replaced.
+    """Writes the report of benchmark records, of a quality study, training steps or operations; replaces an older one.
 
     Args:
         source: a JSONL file of records, or a directory that holds some.
@@ -51,11 +51,13 @@ def build_records(source: Path, output: Path | None = None) -> Path:
         UserError: no record to report there, a damaged one, or no space to write.
     """
     from lemo.bench.records import read
-    from lemo.report import quality, step
+    from lemo.report import ops, quality, step
     from lemo.report.page import write_page
 
     rows = [row for file in quality.record_paths(source) for row in read(file)]
-    steps = step.groups(rows)
-    of_steps = steps and not any(row.bench == "quality" for row in rows)
-    html = step.render(steps, rows) if of_steps else quality.quality_page(rows, source)
+    steps, lines = step.groups(rows), ops.op_lines(rows)
+    if any(row.bench == "quality" for row in rows) or not (steps or lines):
+        html = quality.quality_page(rows, source)
+    else:
+        html = step.render(steps, rows) if steps else ops.render_ops(lines)
     return write_page(html, source, output)

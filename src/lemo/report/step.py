@@ -15,8 +15,11 @@ from lemo.errors import UserError
 from lemo.report import drawing
 from lemo.report.drawing import MUTED, legend, new_figure, style, svg
 from lemo.report.page import document, figure
+from lemo.report.step_counts import counts
+from lemo.report.step_line import Line
 from lemo.report.tables import html_table, versions_table
 
+_PLAIN = "lora"
 _COLORS = (drawing.FIRST, drawing.SECOND, drawing.THIRD, drawing.FOURTH, drawing.FIFTH, drawing.SIXTH)
 _MARKERS = "os^DPX"
 _HEADS = (
@@ -50,47 +53,8 @@ class Details(BaseModel):
     ceiling_tflop_per_s: float | None
     parts_ms: dict[str, float] = {}
     parts_tflop: dict[str, float] = {}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One record, or an extrapolation to full depth from two records with fewer layers. ms, GiB.
-
-    Attributes:
-        name: method and setting.
-        floor_ms: what the operations that the step needs at least take at the rate of the device's matrix products.
-        parts: (part, ms, ms its operations take at the ceiling) of one step, as it goes; empty if not taken.
-        step_ms, low_ms, high_ms: median and range; an extrapolation has no range. None where memory ran out.
-    """
-
-    T: int
-    name: str
-    keep: float | None
-    step_ms: float | None
-    low_ms: float | None = None
-    high_ms: float | None = None
-    peak_gib: float | None = None
-    weights_gib: float | None = None
-    floor_ms: float | None = None
-    parts: tuple[tuple[str, float, float | None], ...] = ()
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.name == STRONG_BASELINE
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return 1000 * self.T / self.step_ms if self.step_ms else None
-
-    @property
-    def of_ceiling(self) -> float | None:
-        """Operations a second that the step needs at least / those of the device's matrix products."""
-        return self.floor_ms / self.step_ms if self.floor_ms and self.step_ms else None
-
-    @property
-    def transient_gib(self) -> float | None:
-        """Peak without the weights."""
-        return None if self.peak_gib is None or self.weights_gib is None else self.peak_gib - self.weights_gib
+    stored_gib: float | None = None
+    moved_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,21 +78,27 @@ class Group:
     def line(self, T: int, name: str) -> Line | None:
         return next((line for line in self.lines if (line.T, line.name) == (T, name)), None)
 
-    def baseline(self, T: int) -> Line | None:
-        return self.line(T, STRONG_BASELINE)
+    @property
+    def baseline_name(self) -> str:
+        """The strong baseline, or plain LoRA where that alone was measured."""
+        names = {line.name for line in self.lines}
+        return _PLAIN if STRONG_BASELINE not in names and _PLAIN in names else STRONG_BASELINE
 
-    def speed_up(self, line: Line, over: str = STRONG_BASELINE) -> float | None:
+    def baseline(self, T: int) -> Line | None:
+        return self.line(T, self.baseline_name)
+
+    def speed_up(self, line: Line, over: str | None = None) -> float | None:
         """A baseline's time of a step at the same length / this line's."""
-        baseline = self.line(line.T, over)
+        baseline = self.line(line.T, over or self.baseline_name)
         return baseline.step_ms / line.step_ms if baseline and baseline.step_ms and line.step_ms else None
 
     def operations_ratio(self, line: Line) -> float | None:
-        """The strong baseline's operations at the same length / this line's: the speed-up at equal rates."""
+        """The baseline's operations at the same length / this line's: the speed-up at equal rates."""
         baseline = self.baseline(line.T)
         return baseline.floor_ms / line.floor_ms if baseline and baseline.floor_ms and line.floor_ms else None
 
     def memory_ratio(self, line: Line) -> float | None:
-        """Peak without weights / the strong baseline's."""
+        """Peak without weights / the baseline's."""
         baseline = self.baseline(line.T)
         ours, theirs = line.transient_gib, baseline.transient_gib if baseline else None
         return ours / theirs if ours is not None and theirs else None
@@ -179,6 +149,9 @@ def _line(record: Record, details: Details) -> Line:
         weights_gib=details.weights_gib,
         floor_ms=_floor_ms(details, details.tflop),
         parts=_parts(details),
+        tflop=details.tflop,
+        stored_gib=details.stored_gib,
+        moved_gb=details.moved_gb,
     )
 
 
@@ -233,7 +206,8 @@ def render(found: Sequence[Group], records: Sequence[Record]) -> str:
         f"<h1>{escape(title)}</h1>",
         "<p>Forward, backward and optimizer step of one sequence with random weights, a LoRA adapter on every method. "
         f"Speed-up and ratio are against <code>{STRONG_BASELINE}</code> (PEFT LoRA, gradient checkpointing, segmented "
-        "loss) at the same length; the ratio is of peak memory without the weights. Of ceiling: the operations that "
+        f"loss), or where that wasn't measured <code>{_PLAIN}</code> (the same without checkpointing), at the same "
+        "length; the ratio is of peak memory without the weights. Of ceiling: the operations that "
         "the step needs at least, by the count in lemo.bench.cost, a second, as a share of what a large matrix product "
         "reaches.</p>",
     ]
@@ -241,8 +215,11 @@ def render(found: Sequence[Group], records: Sequence[Record]) -> str:
         body.append(f"<h2>{escape(group.title)}</h2>")
         drawn = speed_up_figure(group, f"step{index}")
         if drawn is not None:
-            body.append(figure(drawn, "Speed-up of a step by length", f"Over {STRONG_BASELINE} at the same length."))
+            body.append(
+                figure(drawn, "Speed-up of a step by length", f"Over {group.baseline_name} at the same length.")
+            )
         body.append(html_table(_HEADS, [_cells(group, line) for line in group.lines], _WORDS))
+        body += counts(group.lines)
         for line in group.lines:
             if line.parts:
                 body.append(f"<h3>Where a step of {escape(line.name)} goes, {line.T:,} tokens</h3>")
@@ -309,7 +286,7 @@ def _number(value: float | None, form: str, before: str = "") -> str:
 
 
 def speed_up_figure(group: Group, name: str) -> str | None:
-    """Speed-up over the strong baseline against length; None with fewer than two lengths.
+    """Speed-up over the baseline against length; None with fewer than two lengths.
 
     Args:
         group: the lines.
@@ -317,7 +294,7 @@ def speed_up_figure(group: Group, name: str) -> str | None:
     """
     curves = {
         method: [(line.T, up) for line in group.lines if line.name == method and (up := group.speed_up(line))]
-        for method in dict.fromkeys(line.name for line in group.lines if not line.is_baseline)
+        for method in dict.fromkeys(line.name for line in group.lines if line.name != group.baseline_name)
     }
     lengths = sorted({T for points in curves.values() for T, _ in points})
     if len(lengths) < 2:
@@ -332,7 +309,7 @@ def speed_up_figure(group: Group, name: str) -> str | None:
         axes.set_xticks(lengths, [f"{T:,}" for T in lengths])
         axes.minorticks_off()
         axes.set_xlabel("tokens")
-        axes.set_ylabel(f"speed-up over {STRONG_BASELINE}")
+        axes.set_ylabel(f"speed-up over {group.baseline_name}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axes.set_ylim(bottom=0)
         legend(axes, 3)

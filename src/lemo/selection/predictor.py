@@ -10,7 +10,7 @@ MLP: three matrices with ReLU estimate each token's activity, whose mean over th
 The paper's representatives are means of inputs, taken before any matrix. A score is a maximum over tokens, which a mean
 of inputs hardly tells (docs/decisions/0009); to read the inputs costs the same either way.
 
-Networks are trained by `lemo.selection.predictor_training`, where they shrink (`lemo.selection.elastic`).
+They are trained by `lemo.selection.predictor_training`, where they shrink (`lemo.selection.elastic`).
 
 Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K).
 """
@@ -19,16 +19,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo.kernels.dispatch import prediction_backend
 from lemo.selection.scores import causal_view, from_predecessor
-from lemo.types import SequenceLayout
+from lemo.types import NormWeights, SequenceLayout
+
+if TYPE_CHECKING:
+    from lemo.kernels.prediction import FirstLook
 
 # Distances in blocks over which scores change: a block's place is told at each.
 _PERIODS = (8, 32, 128, 512)
@@ -37,7 +41,7 @@ LAYERS = 3
 
 
 class LowRankNetwork(nn.Module):
-    """Three low-rank matrices with ReLU, whose widths may shrink while they train.
+    """Three low-rank matrices with ReLU, as wide as training left them.
 
     Args:
         width: D.
@@ -50,7 +54,8 @@ class LowRankNetwork(nn.Module):
         self.pooled = pooled
         inputs = (width, 2 * widths[0] + PLACES if pooled else widths[0], widths[1])
         self.matrices = nn.ParameterList(
-            nn.Parameter(torch.randn(out, into) / math.sqrt(into / 2)) for into, out in zip(inputs, widths, strict=True)
+            nn.Parameter(torch.randn(out, into) / math.sqrt(into / 2), requires_grad=False)
+            for into, out in zip(inputs, widths, strict=True)
         )
         # Outputs begin over zero: an output that is zero for every input would never learn.
         self.matrices[-1].data.abs_()
@@ -60,12 +65,6 @@ class LowRankNetwork(nn.Module):
         """Rows of each matrix."""
         first, second, third = self.matrices
         return first.shape[0], second.shape[0], third.shape[0]
-
-    def later_layers(self, low: Tensor) -> tuple[Tensor, Tensor]:
-        """What the second and third layers' neurons put out, from the first's: by block with pooling, else by token."""
-        _, second, third = self.matrices
-        middle = torch.relu(low @ second.T.to(low.dtype))
-        return middle, torch.relu(middle @ third.T.to(low.dtype))
 
 
 class Blocks:
@@ -82,25 +81,25 @@ class Blocks:
         self.count = -(-tokens // size)
 
     def mean(self, rows_Nr: Tensor) -> Tensor:
-        """Over each block's rows, fp32 or wider, [n, r]."""
+        """Over each block's rows, fp32 or wider, [..., n, r] of [..., N, r]."""
         whole, rest = self._parts(rows_Nr)
         wide = torch.promote_types(rows_Nr.dtype, torch.float32)
-        mean = whole.mean(1, dtype=wide)
-        return mean if rest is None else torch.cat([mean, rest.mean(0, keepdim=True, dtype=wide)])
+        mean = whole.mean(-2, dtype=wide)
+        return mean if rest is None else torch.cat([mean, rest.mean(-2, keepdim=True, dtype=wide)], -2)
 
     def pool(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, maximum) over each block's rows, fp32 or wider, [n, r] each."""
+        """(mean, maximum) over each block's rows, fp32 or wider, [..., n, r] each."""
         whole, rest = self._parts(rows_Nr)
-        mean, largest = self.mean(rows_Nr), whole.amax(1)
+        mean, largest = self.mean(rows_Nr), whole.amax(-2)
         if rest is not None:
-            largest = torch.cat([largest, rest.amax(0, keepdim=True)])
+            largest = torch.cat([largest, rest.amax(-2, keepdim=True)], -2)
         return mean, largest.to(mean.dtype)
 
     def _parts(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The whole blocks' rows [whole, size, r], and those of the last if it is short."""
+        """The whole blocks' rows [..., whole, size, r], and those of the last if it is short."""
         end = self.whole * self.size
-        whole = rows_Nr[:end].view(self.whole, self.size, rows_Nr.shape[1])
-        return whole, rows_Nr[end:] if self.whole < self.count else None
+        whole = rows_Nr[..., :end, :].unflatten(-2, (self.whole, self.size))
+        return whole, rows_Nr[..., end:, :] if self.whole < self.count else None
 
     def places(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Where each block lies, [n, PLACES]; nothing of it depends on later blocks."""
@@ -114,6 +113,11 @@ def _places(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
     columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
     return torch.stack(columns, 1).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _places_of_batch(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.cat([_places(count, device, torch.float32) for count in counts])
 
 
 @dataclass(frozen=True)
@@ -151,64 +155,66 @@ class Predictor(nn.Module):
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
         self._stacked: _Stacked | None = None
-
-    def measure(self, x_ND: Tensor, mean_score: Tensor) -> None:
-        """Takes center, spread and scale from a sample."""
-        x_ND = x_ND.float()
-        self.center.copy_(x_ND.mean(0))
-        self.spread.copy_(x_ND.std(0, correction=0).clamp(min=1e-6))
-        self.scale.copy_(mean_score.clamp(min=torch.finfo(torch.float32).tiny))
-
-    def activations(self, x_ND: Tensor, blocks: Blocks) -> dict[str, list[Tensor]]:
-        """What each layer's neurons put out for one document, by network; the last layer's are the output.
-
-        The first layer's are by token, [N, width]; the others' by block, [n, width] in fp32 or wider, with pooling,
-        else by token.
-
-        Args:
-            x_ND: normalised inputs of the document's rows.
-            blocks: where its blocks lie.
-        """
-        networks = self.by_name
-        widths = [network.widths[0] for network in networks.values()]
-        # All networks read the inputs at once, which is most of the work.
-        low = torch.relu(F.linear(x_ND, *self._first_layers(x_ND.dtype)))
-        lows = seen = low.split(widths, 1)
-        if self.pooled:
-            mean, largest = blocks.pool(low)
-            places = blocks.places(x_ND.device, mean.dtype)
-            pools = zip(mean.split(widths, 1), largest.split(widths, 1), strict=True)
-            seen = tuple(torch.cat([*pool, places], 1) for pool in pools)
-        return {
-            name: [rows, *network.later_layers(inputs)]
-            for (name, network), rows, inputs in zip(networks.items(), lows, seen, strict=True)
-        }
-
-    def _first_layers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The networks' first matrices in one, for inputs as they come, and what to add."""
-        scaled = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
-        return scaled.to(dtype), -(scaled @ self.center).to(dtype)
+        self._first_look: tuple[Any, FirstLook] | None = None
 
     def outputs(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
-        """The networks' outputs side by side, the last one's in the scores' unit; nothing is differentiated.
+        """The networks' outputs side by side, the last one's in the scores' unit, [n, outputs]; for one document.
 
-        By block, [n, outputs], with pooling, else by token.
+        Args:
+            x_ND: the branch's normalised inputs.
+            blocks: where its blocks lie.
         """
         stacked = self._stack(x_ND.dtype)
         low = torch.relu(F.linear(x_ND, stacked.first, stacked.bias))
-        if self.pooled:
-            mean, largest = blocks.pool(low)
-            low = torch.cat([mean, largest, blocks.places(x_ND.device, mean.dtype)], 1)
-        return torch.relu(torch.relu(low @ stacked.second) @ stacked.third)
+        if not self.pooled:
+            return blocks.mean(torch.relu(torch.relu(low @ stacked.second) @ stacked.third))
+        mean, largest = blocks.pool(low)
+        return self._later(torch.cat([mean, largest, blocks.places(x_ND.device, mean.dtype)], 1), stacked)
+
+    def outputs_by_kernel(self, hidden_ND: Tensor, norm: NormWeights, layout: SequenceLayout) -> Tensor:
+        """The same of all the batch's blocks, [blocks, outputs], from the residual stream; fp32.
+
+        Args:
+            hidden_ND: what goes into the branch's norm, [B·T, D].
+            norm: that norm.
+            layout: documents and blocks.
+        """
+        from lemo.kernels.prediction import mean_activity, pooled_look
+
+        stacked, look = self._stack(hidden_ND.dtype), self._look(hidden_ND.dtype, norm)
+        where = (layout.first_row_of_block, layout.block_tokens, layout.block_size)
+        if not self.pooled:
+            return mean_activity(hidden_ND, look, stacked.second, stacked.third[:, 0], *where)[:, None]
+        pooled = pooled_look(hidden_ND, look, *where)
+        places = _places_of_batch(layout.blocks_per_document, hidden_ND.device)
+        return self._later(torch.cat([pooled, places], 1), stacked)
+
+    @staticmethod
+    def _later(seen: Tensor, stacked: _Stacked) -> Tensor:
+        return torch.relu(torch.relu(seen @ stacked.second) @ stacked.third)
+
+    @torch.no_grad()
+    def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
+        """The first matrices for inputs before their norm. Made anew where the norm's weights have changed."""
+        from lemo.kernels.prediction import FirstLook
+
+        made_from = (dtype, norm.weight.data_ptr(), norm.weight._version, norm.eps)
+        if self._first_look is not None and self._first_look[0] == made_from:
+            return self._first_look[1]
+        first = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
+        shift = -self.center if norm.bias is None else norm.bias.float() - self.center
+        matrix = (first * norm.weight.float()).to(dtype).contiguous()
+        look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
+        self._first_look = (made_from, look)
+        return look
 
     @torch.no_grad()
     def _stack(self, dtype: torch.dtype) -> _Stacked:
-        """Made once when the networks are frozen."""
-        networks = list(self.by_name.values())
-        trains = any(p.requires_grad for p in self.parameters())
-        held = None if trains else self._stacked
+        """Made once for a dtype and device."""
+        held = self._stacked
         if held is not None and held.first.dtype == dtype and held.first.device == self.center.device:
             return held
+        networks = list(self.by_name.values())
         seconds = [network.matrices[1] for network in networks]
         widths = [network.widths[0] for network in networks]
         if self.pooled:
@@ -219,19 +225,16 @@ class Predictor(nn.Module):
             second = torch.block_diag(*seconds)
         thirds = [network.matrices[2] for network in networks]
         third = torch.block_diag(*thirds[:-1], thirds[-1] * self.scale)
+        first = torch.cat([network.matrices[0] for network in networks]) / self.spread
+        bias = -(first @ self.center)
         later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
-        stacked = _Stacked(*self._first_layers(dtype), second.T.to(later), third.T.to(later))
-        self._stacked = None if trains else stacked
-        return stacked
+        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second.T.to(later).contiguous(), third.T.to(later))
+        return self._stacked
 
     @property
     def pooled(self) -> bool:
         """Whether the networks' second layers see blocks, or tokens."""
         return all(network.pooled for network in self.by_name.values())
-
-    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
-        """What is trained, from `activations`, in units of `scale`: pair scores [n, n], or activities of tokens [N]."""
-        raise NotImplementedError
 
     @property
     def by_name(self) -> dict[str, LowRankNetwork]:
@@ -245,6 +248,10 @@ class Predictor(nn.Module):
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         """One document's block scores, fp32 [n], as `lemo.selection.scores` computes them from exact ones."""
+        return self.scores(self.outputs(x_ND, blocks), causal)
+
+    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
+        """One document's block scores, [n], from the networks' outputs."""
         raise NotImplementedError
 
 
@@ -259,19 +266,18 @@ class AttentionPredictor(Predictor):
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({name: LowRankNetwork(width, widths, pooled=True) for name in ("query", "key")}, width)
 
-    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
-        return (found["query"][-1] @ found["key"][-1].T).tril()
-
     def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
-        return self.estimates(self.activations(x_ND, blocks)) * self.scale
-
-    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
+        return (query @ key.T).tril()
+
+    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
+        # torch adds up along rows ten times as fast as along columns.
+        query, key = outputs_no.T.contiguous().chunk(2, 0)
         if not causal:
-            later = query.flip(0).cumsum(0).flip(0)
-            return torch.linalg.vecdot(later, key) / blocks.count
-        return causal_view(torch.linalg.vecdot(query, key.cumsum(0)))
+            later = query.flip(1).cumsum(1).flip(1)
+            return torch.linalg.vecdot(later, key, dim=0) / len(outputs_no)
+        return causal_view(torch.linalg.vecdot(query, key.cumsum(1), dim=0))
 
 
 class ActivityPredictor(Predictor):
@@ -285,11 +291,8 @@ class ActivityPredictor(Predictor):
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
 
-    def estimates(self, found: dict[str, list[Tensor]]) -> Tensor:
-        return found["activity"][-1][:, 0]
-
-    def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-        score = blocks.mean(self.outputs(x_ND, blocks))[:, 0]
+    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
+        score = outputs_no[:, 0]
         return from_predecessor(score) if causal else score
 
 
@@ -299,20 +302,35 @@ KINDS: dict[str, type[AttentionPredictor] | type[ActivityPredictor]] = {
 }
 
 
-def predicted_scores(predictor: Predictor, normed_ND: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+def predicted_scores(
+    predictor: Predictor,
+    hidden_ND: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    weights: NormWeights | None,
+    layout: SequenceLayout,
+    causal: bool,
+) -> Tensor:
     """Estimated block scores of a batch, fp32 [blocks].
 
     Args:
         predictor: of the branch.
-        normed_ND: the branch's normalised input, [B·T, D].
+        hidden_ND: what goes into the branch's norm, [B·T, D].
+        norm: that norm.
+        weights: the norm's, None if they aren't known; then it runs, and no kernel.
         layout: documents and blocks.
         causal: the score that looks at earlier blocks only.
     """
+    numbers = sum(network.widths[0] for network in predictor.by_name.values())
+    backend = prediction_backend(hidden_ND, layout.block_size, numbers, weights is not None)
     # Thresholds were chosen for scores computed so.
-    with torch.autocast(normed_ND.device.type, enabled=False):
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        if backend == "triton" and weights is not None:
+            parts = predictor.outputs_by_kernel(hidden_ND, weights, layout).split(layout.blocks_per_document)
+            return torch.cat([predictor.scores(part, causal) for part in parts])
+        normed = norm(hidden_ND)
         return torch.cat(
             [
-                predictor.informativeness(normed_ND[first:end], Blocks(end - first, layout.block_size), causal)
+                predictor.informativeness(normed[first:end], Blocks(end - first, layout.block_size), causal)
                 for first, end in layout.documents
             ]
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -63,6 +66,14 @@ def plan_from_blocks(kept: Tensor, layout: SequenceLayout, fidelity: float | Non
     return TokenPlan(rows, host_rows, cu_seqlens, keep=total / layout.real_tokens, fidelity=fidelity)
 
 
+# Of layouts in use: layers that leave nothing out share one plan.
+_of_everything: weakref.WeakKeyDictionary[SequenceLayout, TokenPlan] = weakref.WeakKeyDictionary()
+
+
 def plan_of_everything(layout: SequenceLayout, fidelity: float | None = None) -> TokenPlan:
-    """The plan that keeps all blocks."""
-    return plan_from_blocks(torch.ones(layout.block_tokens.numel(), dtype=torch.bool), layout, fidelity)
+    """The plan that keeps all blocks; made once for a layout."""
+    plan = _of_everything.get(layout)
+    if plan is None:
+        plan = plan_from_blocks(torch.ones(layout.block_tokens.numel(), dtype=torch.bool), layout)
+        _of_everything[layout] = plan
+    return replace(plan, fidelity=fidelity)

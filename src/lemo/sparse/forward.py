@@ -1,13 +1,14 @@
 """`forward` mode, the paper's token elimination: a branch runs on its kept tokens only (paper section 4).
 
-Kept rows are read from the residual stream, go through the branch as a compact sequence in their original order and
-positions, and are added back; eliminated rows pass along the residual, with the output of a low-rank bypass where one
-is fitted. Attention happens among kept tokens. Ordinary autograd: gradients are those of the sparse forward that ran
-(DESIGN 4.2).
+Kept rows are read from the residual stream at their place, go through the branch as a compact sequence in their
+original order and positions, and are added back in place (`lemo.sparse.movement`); eliminated rows pass along the
+residual, with the output of a low-rank bypass where one is fitted. Attention happens among kept tokens. Gradients are
+those of the sparse forward that ran (DESIGN 4.2). A branch neither makes nor stores anything of T rows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lemo.config import BranchSelection, SparsityConfig
+from lemo.kernels.dispatch import movement_backend
 from lemo.selection.layout import rows_left_out
 from lemo.selection.predictor import Predictor, predicted_scores
 from lemo.selection.ranking import plan_of_everything
@@ -30,10 +32,14 @@ from lemo.selection.scores import (
 from lemo.sparse.attention import attend_rows
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.dropout import RowDropout, on_rows
-from lemo.sparse.view import LayerView, Rotary
-from lemo.types import SequenceLayout, TokenPlan
+from lemo.sparse.movement import add_rows, norm_again, own_gradient, own_stream, read_normed, read_rows
+from lemo.sparse.parts import part
+from lemo.sparse.recompute import recomputed
+from lemo.sparse.view import Branch, LayerView, Rotary
+from lemo.types import NormWeights, SequenceLayout, TokenPlan
 
 _ACTIVITY_TILE_BYTES = 256 * 2**20
+Again = Callable[[], Tensor] | None
 
 
 @dataclass
@@ -65,6 +71,7 @@ class ForwardCall:
         attend_kept: (queries [H, N, d], keys and values [K, N, d] of the plan's rows, scale, plan) -> [N, H, d], where
             kept tokens see some of the kept tokens; None: all of them.
         attention_predictor, mlp_predictor: give the scores in place of exact ones; None computes them.
+        checkpointed: whether nothing of the layer but its input will be stored.
     """
 
     view: LayerView
@@ -77,6 +84,7 @@ class ForwardCall:
     mlp_bypass: Bypass | None = None
     attention_predictor: Predictor | None = None
     mlp_predictor: Predictor | None = None
+    checkpointed: bool = False
     attend_kept: Callable[[Tensor, Tensor, Tensor, float, TokenPlan], Tensor] | None = None
 
 
@@ -88,65 +96,93 @@ def run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans) -> Ten
         call: the layer and the batch.
         plans: filled on the first run, obeyed on the next.
     """
-    if plans.seed is None:
-        return _run_layer(hidden_BTD, call, plans, None)
-    with RowDropout(plans.seed) as dropout:
-        return _run_layer(hidden_BTD, call, plans, dropout)
+    with call.view.fused(store_less=not call.checkpointed):
+        if plans.seed is None:
+            return _run_layer(hidden_BTD, call, plans, None)
+        with RowDropout(plans.seed) as dropout:
+            return _run_layer(hidden_BTD, call, plans, dropout)
 
 
 def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropout: RowDropout | None) -> Tensor:
     view = call.view
     if plans.attention is None:
-        plans.attention = _plan_attention(hidden_BTD.detach(), call)
-    if plans.attention.keep == 1.0 and call.attend_kept is None:
-        hidden_BTD = hidden_BTD + call.attend(hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD))
-    else:
-        branch = _attention(hidden_BTD.flatten(0, 1), call, plans.attention, dropout)
-        hidden_BTD = _add(hidden_BTD, plans.attention, branch, call, call.attention_bypass, view.attention_norm)
-    if view.post_norm:
-        hidden_BTD = view.attention_norm(hidden_BTD)
-    if plans.mlp is None:
-        plans.mlp = _plan_mlp(hidden_BTD.detach(), call)
-    everything = plans.mlp.keep == 1.0
-    kept = hidden_BTD if everything else hidden_BTD.flatten(0, 1)[plans.mlp.rows]
-    with on_rows(dropout, None if everything else plans.mlp.rows):
-        branch = view.mlp(kept if view.post_norm else view.mlp_norm(kept))
+        with part("selection"):
+            plans.attention = _plan_attention(hidden_BTD.detach(), call)
+    everything = plans.attention.keep == 1.0 and call.attend_kept is None
     if everything:
-        hidden_BTD = hidden_BTD + branch
+        normed = hidden_BTD if view.post_norm else view.attention_norm(hidden_BTD)
+        stream = (hidden_BTD + call.attend(normed)).contiguous()
     else:
-        hidden_BTD = _add(hidden_BTD, plans.mlp, branch, call, call.mlp_bypass, view.mlp_norm)
+        attend = functools.partial(_attend, call=call, plan=plans.attention, dropout=dropout)
+        stream = _branch(own_stream(hidden_BTD), "attention", attend, plans.attention, call, call.attention_bypass)
     if view.post_norm:
-        hidden_BTD = view.mlp_norm(hidden_BTD)
-    return hidden_BTD
+        stream = view.attention_norm(stream if everything else own_gradient(stream))
+    if plans.mlp is None:
+        with part("selection"):
+            plans.mlp = _plan_mlp(stream.detach(), call)
+    if plans.mlp.keep == 1.0:
+        # What comes back along the stream is summed with what the norm passes back: nobody else's gradient.
+        with on_rows(dropout, None):
+            stream = stream + view.mlp(stream if view.post_norm else view.mlp_norm(stream))
+    else:
+
+        def feed(normed_ND: Tensor, again: Again, rows: Tensor = plans.mlp.rows) -> Tensor:
+            with on_rows(dropout, rows), recomputed(normed_ND, again):
+                return view.mlp(normed_ND)
+
+        stream = own_gradient(_branch(stream, "mlp", feed, plans.mlp, call, call.mlp_bypass))
+    return view.mlp_norm(stream) if view.post_norm else stream
 
 
-def _add(
-    hidden_BTD: Tensor,
+def _branch(
+    stream_BTD: Tensor,
+    name: Branch,
+    run: Callable[[Tensor, Again], Tensor],
     plan: TokenPlan,
-    branch_ND: Tensor,
     call: ForwardCall,
     bypass: Bypass | None,
-    norm: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The residual stream with a branch's output added at the kept rows, the bypass's at the others."""
-    hidden = hidden_BTD.flatten(0, 1)
-    out = hidden.index_add(0, plan.rows, branch_ND.to(hidden.dtype))
+    """The stream with a branch's output added at the kept rows, the bypass's at the others; all of it in place.
+
+    Args:
+        stream_BTD: owned (`lemo.sparse.movement`).
+        run: the branch, from its normalised input to its output, [kept, D] both; and what computes its input again.
+    """
+    stream_BTD, normed_ND, again = _read(stream_BTD, plan.rows, name, call)
+    stream_BTD = add_rows(stream_BTD, plan.rows, run(normed_ND, again))
     if bypass is not None:
         left = rows_left_out(plan, call.layout)
-        rows = hidden[left]
-        instead = bypass(rows if call.view.post_norm else norm(rows))
-        out = out.index_add(0, left, instead.to(out.dtype))
-    return out.view_as(hidden_BTD)
+        stream_BTD, normed_ND, _ = _read(stream_BTD, left, name, call)
+        stream_BTD = add_rows(stream_BTD, left, bypass(normed_ND))
+    return stream_BTD
 
 
-def _attention(hidden: Tensor, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
+def _read(stream_BTD: Tensor, rows: Tensor, name: Branch, call: ForwardCall) -> tuple[Tensor, Tensor, Again]:
+    """The same stream, and a branch's input at some rows, [N, D]: in one pass where the norm is known to the kernel.
+
+    Then the third says how to compute it again from what is stored anyway.
+    """
+    view = call.view
+    norm = view.attention_norm_weights if name == "attention" else view.mlp_norm_weights
+    if not view.post_norm and norm is not None and movement_backend(stream_BTD, norm.weight) == "triton":
+        stream_BTD, normed_ND, kept_ND = read_normed(stream_BTD, rows, norm)
+        if kept_ND is None or call.checkpointed:
+            return stream_BTD, normed_ND, None
+        return stream_BTD, normed_ND, functools.partial(norm_again, kept_ND, norm, normed_ND.dtype)
+    stream_BTD, rows_ND = read_rows(stream_BTD, rows)
+    if not view.post_norm:
+        rows_ND = view.attention_norm(rows_ND) if name == "attention" else view.mlp_norm(rows_ND)
+    return stream_BTD, rows_ND, None
+
+
+def _attend(normed_ND: Tensor, again: Again, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
+    """The attention branch of the kept rows among themselves, [kept, D]."""
     view, rotary, rows = call.view, call.rotary, plan.rows
-    kept = hidden[rows]
-    normed = kept if view.post_norm else view.attention_norm(kept)
     kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
     with on_rows(dropout, rows):
-        q = view.query(normed, kept_rotary)
-        k, v = view.key_value(normed, kept_rotary)
+        with recomputed(normed_ND, again):
+            q = view.query(normed_ND, kept_rotary)
+            k, v = view.key_value(normed_ND, kept_rotary)
         if call.attend_kept is None:
             context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
         else:
@@ -160,11 +196,12 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     selection = call.config.attention_selection
     if selection is None or keeps_everything(selection, call.layer):
         return plan_of_everything(layout)
+    hidden = hidden_BTD.flatten(0, 1)
+    if call.attention_predictor is not None:
+        norm, weights = view.attention_norm, view.attention_norm_weights
+        return _predicted(call.attention_predictor, hidden, norm, weights, call, selection)
     with NoDropout():
-        hidden = hidden_BTD.flatten(0, 1)
         normed = hidden if view.post_norm else view.attention_norm(hidden)
-        if call.attention_predictor is not None:
-            return _predicted(call.attention_predictor, normed, call, selection)
         q = view.query(normed, call.rotary)
         k, _ = view.key_value(normed, call.rotary)
         scores = [
@@ -187,8 +224,7 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         return plan_of_everything(layout)
     if call.mlp_predictor is not None:
         hidden = hidden_BTD.flatten(0, 1)
-        normed = hidden if view.post_norm else view.mlp_norm(hidden)
-        return _predicted(call.mlp_predictor, normed, call, selection)
+        return _predicted(call.mlp_predictor, hidden, view.mlp_norm, view.mlp_norm_weights, call, selection)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
@@ -201,8 +237,17 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     return select_by_score(score, layout, selection, call.layer)
 
 
-def _predicted(predictor: Predictor, normed_ND: Tensor, call: ForwardCall, selection: BranchSelection) -> TokenPlan:
-    score = predicted_scores(predictor, normed_ND, call.layout, call.config.score == "causal")
+def _predicted(
+    predictor: Predictor,
+    hidden_ND: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    weights: NormWeights | None,
+    call: ForwardCall,
+    selection: BranchSelection,
+) -> TokenPlan:
+    if call.view.post_norm:
+        norm, weights = (lambda hidden: hidden), None
+    score = predicted_scores(predictor, hidden_ND, norm, weights, call.layout, call.config.score == "causal")
     return select_by_score(score, call.layout, selection, call.layer)
 
 

@@ -7,11 +7,14 @@ the rows at hand, or None. Projections, norms and MLPs are called as modules, so
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from lemo.types import NormWeights
+
 Rotary = tuple[Tensor, Tensor] | None
+Branch = Literal["attention", "mlp"]
 
 
 class LayerView(Protocol):
@@ -45,14 +48,26 @@ class LayerView(Protocol):
     def mlp_row_bytes(self) -> int:
         """Bytes one row's activations take inside the MLP."""
 
-    def fused(self) -> AbstractContextManager[None]:
-        """Inside, adapters and norms of the layer that are recognised take fewer passes over memory."""
+    def fused(self, store_less: bool = False) -> AbstractContextManager[None]:
+        """Inside, adapters, norms and MLPs of the layer that are recognised take fewer passes over memory.
+
+        Args:
+            store_less: recompute cheap inputs of linears in the backward; not inside a checkpoint.
+        """
 
     def attention_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the attention branch."""
 
     def mlp_norm(self, hidden_ND: Tensor) -> Tensor:
         """The norm of the MLP branch."""
+
+    @property
+    def attention_norm_weights(self) -> NormWeights | None:
+        """The attention branch's norm, for a kernel that computes it by itself; None if it isn't known."""
+
+    @property
+    def mlp_norm_weights(self) -> NormWeights | None:
+        """The MLP branch's."""
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
         """Positioned queries [H, N, d]."""

@@ -1,0 +1,111 @@
+"""How many bytes a training step stores for its backward and moves, by method: what measured memory is compared with.
+
+Arithmetic, not a measurement. Half precision with the adapters in fp32, under autocast, as `lemo bench step` runs. Per
+token and layer, in numbers of 2 bytes, with D the width, A = query heads · head size, K = key heads · head size, F the
+MLP's width:
+
+| stored | transformers and PEFT | `forward`, of a kept token |
+|---|---|---|
+| norms | 2 · 2 D: their inputs' fp32 copies | 2 D: the rows before the norms |
+| LoRA | the input of each adapted linear, cast for each anew | none: q's, k's and v's is the norm, computed again |
+| attention | A + 2 K + A | the same; the output is o's input too |
+| MLP | 3 F: gate, its activation, up | 2 F: gate, up |
+
+LoRA's inner numbers, norms' reciprocals and softmax denominators are left out: less than 1%. With checkpointing, and in
+`backward` mode, D of every token.
+
+Moved are the operands and results of matrix products, each once a product, and passes over the residual stream: a
+branch of transformers' 5 forward (norm 2, addition 3) and 8 backward, of `forward` 5 k and 6 k beside a copy each way
+(`lemo.bench.op_movement`); attention's own operands once forward and twice backward, the activation's 3 F and 5 F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lemo.bench.cost import checkpointed
+from lemo.bench.shapes import SHAPES
+
+_BYTES = 2
+_OF_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Numbers a token of one layer: D, A, K, F as above."""
+
+    D: int
+    A: int
+    K: int
+    F: int
+
+    @classmethod
+    def of(cls, shape: str) -> Widths:
+        values = SHAPES[shape]
+        D, heads = values["hidden_size"], values["num_attention_heads"]
+        d = values.get("head_dim", D // heads)
+        return cls(D, heads * d, values["num_key_value_heads"] * d, values["intermediate_size"])
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each linear by its name in the attention module or MLP."""
+        D, A, K, F = self.D, self.A, self.K, self.F
+        return {
+            "q_proj": (D, A),
+            "k_proj": (D, K),
+            "v_proj": (D, K),
+            "o_proj": (A, D),
+            "gate_proj": (D, F),
+            "up_proj": (D, F),
+            "down_proj": (F, D),
+        }
+
+
+def stored_bytes(
+    shape: str,
+    layers: int,
+    T: int,
+    method: str,
+    targets: str | tuple[str, ...],
+    keep: float = 1.0,
+    mlp_keep: float = 1.0,
+) -> float:
+    """Bytes that all layers store for the backward of one sequence.
+
+    Args:
+        shape: a key of `SHAPES`.
+        layers: of the measured model.
+        T: tokens.
+        method: as in the records.
+        targets: linears with LoRA.
+        keep, mlp_keep: `lemo-forward`: shares of tokens kept in attention and MLPs.
+    """
+    w = Widths.of(shape)
+    if checkpointed(method) or method == "lemo-backward":
+        return float(layers * T * _BYTES * w.D)
+    attention = 2 * w.A + 2 * w.K
+    if method.startswith("lemo-forward"):
+        per_token = keep * (w.D + attention) + mlp_keep * (w.D + 2 * w.F)
+    else:
+        adapted = sum(width for name, (width, _) in w.linears().items() if targets == "all-linear" or name in targets)
+        per_token = 2 * 2 * w.D + adapted + attention + 3 * w.F
+    return float(layers * T * _BYTES * per_token)
+
+
+def moved_bytes(shape: str, layers: int, T: int, method: str, keep: float = 1.0, mlp_keep: float = 1.0) -> float:
+    """Bytes that all layers' steps move at least; arguments as above, `lemo-backward` isn't counted."""
+    w = Widths.of(shape)
+    sparse = method.startswith("lemo-forward")
+    k_attention, k_mlp = (keep, mlp_keep) if sparse else (1.0, 1.0)
+    forwards = 2 if checkpointed(method) else 1
+    weights = sum(width * out for width, out in w.linears().values())
+    in_attention, in_mlp = (
+        sum(width + out for name, (width, out) in w.linears().items() if (name in _OF_MLP) == of_mlp)
+        for of_mlp in (False, True)
+    )
+    # Gradients of inputs alone: one product for each of the forward's.
+    per_token = (forwards + 1) * (k_attention * in_attention + k_mlp * in_mlp)
+    per_token += (forwards + 2) * k_attention * 2 * (w.A + w.K)
+    per_token += (forwards * 3 + 5) * k_mlp * w.F
+    forward, backward, copy = (5, 6, 2) if sparse else (5, 8, 0)
+    per_token += ((forwards * forward + backward) * (k_attention + k_mlp) + (forwards + 1) * copy) * w.D
+    return float(layers * _BYTES * ((forwards + 1) * weights + T * per_token))

@@ -1,0 +1,54 @@
+"""transformers' gated MLPs, run so that less is stored while a sparse layer runs (`lemo.sparse.gated`).
+
+Their linears are still called as modules. With `store_less` what `down` would save of its input, for LoRA's gradient,
+is computed again too. Any other MLP runs its own code, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from lemo.sparse.gated import gated, product
+from lemo.sparse.recompute import recomputed
+
+# down(act(gate(x)) * up(x)), all of one text.
+_KNOWN = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+_log = logging.getLogger("lemo")
+
+
+def fused_mlp(module: nn.Module, store_less: bool) -> Callable[[Tensor], Tensor] | None:
+    """What to run in place of a known MLP's `forward`; None for any other module."""
+    if reason := _reason_against(module):
+        _note(reason)
+        return None
+    return functools.partial(_forward, module, store_less)
+
+
+def _reason_against(module: Any) -> str | None:
+    kind = type(module)
+    if kind.__name__ not in _KNOWN or not kind.__module__.startswith("transformers.models."):
+        return f"{kind.__module__}.{kind.__qualname__} isn't a gated MLP that is known"
+    if any(True for _ in module.act_fn.parameters()):
+        return f"{type(module.act_fn).__qualname__} has parameters"
+    return None
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    _log.info("the MLP's activation is stored: %s", reason)
+
+
+def _forward(mlp: Any, store_less: bool, x: Tensor) -> Tensor:
+    activation, silu = mlp.act_fn, type(mlp.act_fn) in _SILU
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    wide = gated(gate, up, activation, silu=silu)
+    again = functools.partial(product, gate.detach(), up.detach(), activation, silu=silu)
+    with recomputed(wide, again if store_less else None):
+        return mlp.down_proj(wide)

@@ -1,0 +1,106 @@
+"""A predictor's look at every token against its twin in fp64: norms, short blocks, padding, odd sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_attention import DEVICE, DTYPES, poisoned
+from torch import Tensor
+
+from lemo.kernels import reference
+from lemo.selection.layout import build_layout
+from lemo.selection.predictor import KINDS, predicted_scores
+from lemo.types import NormWeights, SequenceLayout
+
+pytest.importorskip("triton")
+from lemo.kernels.prediction import FirstLook, mean_activity, pooled_look
+
+# D, numbers, width of the second matrix, tokens a block.
+SIZES = {
+    "small": (40, 5, 4, 16),
+    "odd": (200, 37, 19, 24),
+    "default": (576, 128, 64, 64),
+    "blocks of 128": (136, 100, 20, 128),
+    "one token": (64, 16, 16, 1),
+}
+
+
+def layout_of(block: int) -> SequenceLayout:
+    """Two sequences of 101 rows: the first begins with padding, the second holds two documents."""
+    mask = torch.ones(2, 101, dtype=torch.int64)
+    mask[0, :10] = 0
+    positions = torch.cat([torch.arange(101), torch.arange(40), torch.arange(61)]).view(2, 101)
+    return build_layout(2, 101, block, torch.device(DEVICE), mask, positions)
+
+
+def draw(D: int, r: int, m: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((202, D), (r, D), (r,), (r, m), (m,))
+    hidden, matrix, offset, second, third = (torch.randn(s, generator=generator) for s in shapes)
+    # A residual stream has a mean and a few loud numbers.
+    hidden = (3 * hidden + 1).index_fill(1, torch.tensor([1]), 30.0)
+    found = [x.to(DEVICE, dtype) for x in (hidden, matrix / D**0.5, second / r**0.5, third)]
+    return [*found, offset.to(DEVICE)]
+
+
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_twin(size: str, dtype: torch.dtype, centered: bool, monkeypatch: Any) -> None:
+    D, r, m, block = SIZES[size]
+    layout = layout_of(block)
+    hidden, matrix, second, third, offset = draw(D, r, m, dtype)
+    look = FirstLook(matrix, offset, matrix.float().sum(1) if centered else None, 1e-5)
+    wide = [x.double() for x in (hidden, matrix, offset)]
+    low = reference.first_look(*wide, 1e-5, centered)
+    first, tokens = layout.first_row_of_block.tolist(), layout.block_tokens.tolist()
+    blocks = [low[a : a + t] for a, t in zip(first, tokens, strict=True)]
+    # Padding belongs to no block.
+    hidden[:10] = float("nan")
+    poisoned(monkeypatch)
+    where = (layout.first_row_of_block, layout.block_tokens, block)
+    found = pooled_look(hidden, look, *where)
+    wanted = torch.stack([torch.cat([b.mean(0), b.amax(0)]) for b in blocks])
+    # Inputs are exact products of half precision; sums and the norm's scale are fp32.
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    found = mean_activity(hidden, look, second, third, *where)
+    # The tokens' numbers are rounded to the inputs' precision for the second product, whose sums may cancel.
+    rounded = [b.to(dtype).double() for b in blocks]
+    active = torch.stack([torch.relu(torch.relu(b @ second.double()) @ third.double()).mean() for b in rounded])
+    size = max(float((b @ second.double().abs() @ third.double().abs()).max()) for b in rounded)
+    torch.testing.assert_close(found.double(), active, rtol=1e-4, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["paper", "causal"])
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("branch", KINDS)
+def test_a_predictors_scores_are_those_of_its_torch_path(
+    branch: str, centered: bool, causal: bool, monkeypatch: Any
+) -> None:
+    D = 48
+    torch.manual_seed(0)
+    predictor = KINDS[branch](D, (12, 9, 6)).to(DEVICE)
+    predictor.center.normal_()
+    predictor.spread.uniform_(0.5, 2.0)
+    predictor.scale.fill_(0.3)
+    norm: Any = torch.nn.LayerNorm(D, device=DEVICE) if centered else torch.nn.RMSNorm(D, eps=1e-5, device=DEVICE)
+    norm.weight.data.uniform_(0.5, 1.5)
+    if centered:
+        norm.bias.data.normal_()
+    weights = NormWeights(norm.weight.detach(), norm.bias.detach() if centered else None, 1e-5, centered)
+    layout, hidden = layout_of(16), draw(D, 1, 1, torch.float32)[0]
+    monkeypatch.setenv("LEMO_KERNELS", "torch")
+    with torch.no_grad():
+        wanted = predicted_scores(predictor, hidden, norm, weights, layout, causal)
+    parts = predictor.outputs_by_kernel(hidden, weights, layout).split(layout.blocks_per_document)
+    found = torch.cat([predictor.scores(part, causal) for part in parts])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    # A norm that trains: the matrices follow.
+    weights.weight.mul_(1.5)
+    with torch.no_grad():
+        wanted = predicted_scores(predictor, hidden, norm, weights, layout, causal)
+    parts = predictor.outputs_by_kernel(hidden, weights, layout).split(layout.blocks_per_document)
+    found = torch.cat([predictor.scores(part, causal) for part in parts])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
