@@ -60,6 +60,13 @@ def test_a_sure_label_has_a_small_gradient_not_none() -> None:
     assert logits[0, 3] < 0
 
 
+@pytest.mark.parametrize("label", [-1, 5, 2**40])
+def test_a_label_outside_the_vocabulary_is_no_number(label: int) -> None:
+    logits = torch.zeros(3, 5, device=DEVICE)
+    losses = cross_entropy.row_losses(logits, torch.tensor([0, label, 4], device=DEVICE), gradient=False)
+    assert losses.isnan().tolist() == [False, True, False]
+
+
 @pytest.fixture
 def by_kernel(monkeypatch: Any) -> list[int]:
     """Takes the kernel wherever a head allows it; the numbers of rows it was given."""

@@ -83,6 +83,18 @@ def test_networks_of_any_widths_run_as_one(branch: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("branch", KINDS)
+def test_loaded_matrices_are_taken(branch: str) -> None:
+    torch.manual_seed(0)
+    predictor, other = (measured(KINDS[branch](D, (6, 5, 4))) for _ in range(2))
+    x, blocks = torch.randn(41, D), Blocks(41, SIZE)
+    before = predictor.outputs(x, blocks)
+    predictor.load_state_dict(other.state_dict())
+    assert torch.equal(predictor.outputs(x, blocks), other.outputs(x, blocks))
+    assert not torch.equal(predictor.outputs(x, blocks), before)
+    assert predictor.double().outputs(x.double(), blocks).dtype == torch.float64
+
+
+@pytest.mark.parametrize("branch", KINDS)
 def test_a_stack_puts_out_what_each_layers_predictor_does(branch: str) -> None:
     torch.manual_seed(0)
     predictors = [measured(KINDS[branch](D, (6, 5, 4))) for _ in range(3)]

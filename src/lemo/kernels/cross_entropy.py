@@ -44,7 +44,8 @@ def _row_losses(LOGITS, LABELS, LOSSES, stride, V: tl.constexpr, BV: tl.constexp
     row = tl.program_id(0)
     logits = LOGITS + row.to(tl.int64) * stride
     label = tl.load(LABELS + row)
-    at_label = tl.load(logits + label).to(tl.float32)
+    # A label outside the vocabulary makes the loss NaN, and reads nothing of other rows.
+    at_label = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
     # Softmax's denominator but for the label's own term: 1 - p of the label is others / total, without cancellation.
     largest = at_label
     others = 0.0

@@ -29,6 +29,7 @@ from lemo.kernels.dispatch import loss_backend
 IGNORED = -100
 CHUNK_MIB = 512
 ROWS_MULTIPLE = 64
+_ROWS_AT_ONCE = 4096
 
 
 def segmented_cross_entropy(
@@ -128,7 +129,7 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
         rows_R, gradient_RD, *sums = ctx.saved_tensors
         hidden_gradient = None
         if gradient_RD is not None:
-            hidden_gradient = gradient_RD * grad_output.to(gradient_RD.dtype)
+            hidden_gradient = _times(gradient_RD, grad_output)
             if rows_R.numel() < ctx.rows:
                 hidden_gradient = hidden_gradient.new_zeros(ctx.rows, hidden_gradient.shape[1]).index_copy_(
                     0, rows_R, hidden_gradient
@@ -138,6 +139,15 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
             for total, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
         return hidden_gradient, None, None, None, None, *parameter_gradients
+
+
+def _times(gradient_RD: Tensor, factor: Tensor) -> Tensor:
+    """Their product, rounded once: 1 / labels alone, in half precision, would be off by up to 0.4%."""
+    product_RD = torch.empty_like(gradient_RD)
+    wide = torch.promote_types(gradient_RD.dtype, torch.float32)
+    for product, gradient in zip(product_RD.split(_ROWS_AT_ONCE), gradient_RD.split(_ROWS_AT_ONCE), strict=True):
+        product.copy_(gradient.to(wide) * factor)
+    return product_RD
 
 
 def _chunk_loss_and_gradients(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lemo.sparse.parts import part
 from lemo.sparse.precision import computes_in
 from lemo.sparse.view import Rotary
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 RUNTIME = "_lemo_runtime"
 VIEW = "_lemo_view"
 INDEX = "_lemo_index"
@@ -196,10 +197,10 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.config,
         index,
         lambda x: view.attention(x, **kwargs),
-        runtime.bypasses.get((index, "attention")),
-        runtime.bypasses.get((index, "mlp")),
-        runtime.predictors.get((index, "attention")),
-        runtime.predictors.get((index, "mlp")),
+        _here(runtime.bypasses.get((index, "attention")), hidden),
+        _here(runtime.bypasses.get((index, "mlp")), hidden),
+        _here(runtime.predictors.get((index, "attention")), hidden),
+        _here(runtime.predictors.get((index, "mlp")), hidden),
         _checkpoints(layer),
         None if attend is None else attend.attend_kept,
     )
@@ -216,6 +217,13 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         runtime.record(index, plans.attention, plans.mlp)
     _record_lists(layer, attend)
     return out
+
+
+def _here(module: ModuleT | None, hidden: Tensor) -> ModuleT | None:
+    """A layer's predictor or frozen bypass, which no submodule holds, where the layer has been moved since."""
+    if module is not None and next(module.parameters()).device != hidden.device:
+        module.to(hidden.device)
+    return module
 
 
 def _run_dense(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, kwargs: dict[str, Any]) -> Tensor:

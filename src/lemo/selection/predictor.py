@@ -157,6 +157,18 @@ class Predictor(nn.Module):
         self._stacked: _Stacked | None = None
         self._first_look: tuple[Any, FirstLook] | None = None
 
+    def forget(self) -> None:
+        """Drops what was made from the matrices, which have changed."""
+        self._stacked = self._first_look = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def outputs(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """The networks' outputs side by side, the last one's in the scores' unit, [n, outputs]; for one document.
 
@@ -198,7 +210,8 @@ class Predictor(nn.Module):
         """The first matrices for inputs before their norm. Made anew where the norm's weights have changed."""
         from lemo.kernels.prediction import FirstLook
 
-        made_from = (dtype, norm.weight.data_ptr(), norm.weight._version, norm.eps)
+        weights = [x for x in (norm.weight, norm.bias) if x is not None]
+        made_from = (dtype, norm.eps, *((x.data_ptr(), x._version) for x in weights))
         if self._first_look is not None and self._first_look[0] == made_from:
             return self._first_look[1]
         first = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread

@@ -113,6 +113,7 @@ class PredictorStack(nn.Module):
         """The predictors, as wide as they have become."""
         columns = (None, *self.inputs_awake())
         for layer, predictor in enumerate(self.predictors):
+            predictor.forget()
             for name in ("center", "spread", "scale"):
                 getattr(predictor, name).copy_(getattr(self, name)[layer])
             for s, network in enumerate(predictor.by_name.values()):

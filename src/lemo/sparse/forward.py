@@ -130,6 +130,8 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
             with on_rows(dropout, rows), recomputed(normed_ND, again):
                 return view.mlp(normed_ND)
 
+        # A norm on the residual path is a module, whose output others may hold.
+        stream = own_stream(stream) if view.post_norm else stream
         stream = own_gradient(_branch(stream, "mlp", feed, plans.mlp, call, call.mlp_bypass))
     return view.mlp_norm(stream) if view.post_norm else stream
 
@@ -247,6 +249,7 @@ def _predicted(
 ) -> TokenPlan:
     if call.view.post_norm:
         norm, weights = (lambda hidden: hidden), None
+    hidden_ND = hidden_ND.contiguous()
     score = predicted_scores(predictor, hidden_ND, norm, weights, call.layout, call.config.score == "causal")
     return select_by_score(score, call.layout, selection, call.layer)
 

@@ -28,7 +28,10 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor] | None) -> Iterator[N
     memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
     def pack(x: Tensor) -> Any:
-        return promise.given() if (x.data_ptr(), x.shape, x.stride(), x.dtype) == memory else x
+        if x.data_ptr() == memory[0] and (x.data_ptr(), x.shape, x.stride(), x.dtype) == memory:
+            return promise.given()
+        # Not x itself: an output that its own function saves would hold itself.
+        return x.detach()
 
     def unpack(x: Any) -> Tensor:
         return x.kept() if isinstance(x, _Promise) else x
