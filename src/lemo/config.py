@@ -68,9 +68,10 @@ class Attend(Frozen):
 
     Args:
         density: share of causal attention that is computed, in each document; a little less, since blocks are whole,
-            and more where `window` and the first block exceed it. None: `window` and the first block alone.
+            and more where `window` and the first block exceed it, or `labelled: dense` adds to it. None: `window` and
+            the first block alone.
         window: tokens before its query block that a query sees in any case. Default: half of the blocks that
-            `density` allows.
+            `density` allows; with `choice: none` all of them but the first are the window.
         choice: of distant blocks, in each layer. `none` (default, the best where it was measured: docs/quality.md): the
             nearest ones, which makes the window wider. `pooled`: by the mean of a block's queries and that of a block's
             keys, for each key head. `random`: drawn anew for each layer and step (a baseline).

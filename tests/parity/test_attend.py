@@ -16,6 +16,7 @@ from torch import nn
 
 import lemo
 from lemo.config import Attend, SparsityConfig
+from lemo.models import get_runtime
 from lemo.sparse import attend as sparse_attend
 from reference import assert_same_gradients, backward_reference, gradients, segment_loss
 from tiny import CASES, FAMILIES, Batch, build, layers_of, make_batch
@@ -328,3 +329,21 @@ def test_what_cant_be_combined_is_an_error(device: torch.device) -> None:
     batch = make_batch("plain", device)
     with pytest.raises(ValueError, match="must see the labels"):
         sparse(**batch.inputs(labels=False))
+
+
+def test_dense_passes_count_in_the_density(device: torch.device) -> None:
+    settings = config(mode="forward", keep=1.0, dense_share=0.5, attend=Attend(density=0.4, block=2))
+    _, sparse = pair("llama", device, settings)
+    runtime = get_runtime(sparse)
+    assert runtime is not None
+    found = []
+    for _ in range(2):
+        step(sparse, make_batch("plain", device))
+        found.append(runtime.collect().density)
+    alone = [density for density in found if density != 1.0]
+    assert found.count(1.0) == 1
+    assert alone[0] is not None
+    assert alone[0] < 0.9
+    for _ in range(2):
+        step(sparse, make_batch("plain", device))
+    assert runtime.collect().density == pytest.approx((1.0 + alone[0]) / 2)

@@ -127,6 +127,8 @@ class Runtime:
             if self.state.dense:
                 for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
                     self._keeps.setdefault((layer, branch), []).append(1.0)
+                if self.config.attend is not None:
+                    self._densities.extend([1.0] * self.layers)
         if training and not self.state.dense:
             self._begin_attend(self.state)
         if training and self.config.policy == "segments" and not self.dense_only:
