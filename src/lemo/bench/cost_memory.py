@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lemo.bench.cost import checkpointed
 from lemo.bench.shapes import SHAPES
+from lemo.bench.step_config import checkpointed
 
 _BYTES = 2
 _OF_MLP = ("gate_proj", "up_proj", "down_proj")

@@ -7,7 +7,6 @@ rows are written anew, so that a benchmark that was stopped goes on.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lemo.bench.op_loss import check_codes, loss_ops
 from lemo.bench.op_movement import movement_ops
 from lemo.bench.ops_config import OpsConfig, load_ops
 from lemo.bench.records import Record
-from lemo.bench.timing import Timed, copy_bandwidth, time_calls
+from lemo.bench.timing import Timed, copy_bandwidth, free_memory, time_calls
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.errors import UserError
 from lemo.memory.tracker import GIB
@@ -100,10 +99,8 @@ def op_row(setting: str, method: str, shape: str, T: int, run: Callable[[], obje
 
 
 def _rows_there(config: OpsConfig, directory: Path) -> list[Record]:
-    saved = directory / SAVED_CONFIG
-    if not saved.is_file():
-        if directory.is_dir() and any(directory.iterdir()):
-            raise UserError(f"--output {directory} holds no benchmark to resume; choose another --output")
+    saved = records.saved_config(directory, "benchmark")
+    if saved is None:
         return []
     old = load_ops(saved)
     changed = [name for name in ("dtype", "warm_up", "repeats") if getattr(old, name) != getattr(config, name)]
@@ -112,8 +109,7 @@ def _rows_there(config: OpsConfig, directory: Path) -> list[Record]:
             f"--resume: {', '.join(changed)} differ from the benchmark in {directory} ({saved.name}), so its rows "
             "can't be compared with new ones; choose another --output"
         )
-    path = directory / records.FILE
-    return records.read(path) if path.is_file() else []
+    return records.read_saved(directory)
 
 
 def _holds(rows: list[Record], op: Op) -> bool:
@@ -134,9 +130,7 @@ def _measure(config: OpsConfig, op: Op, device: str) -> Timed | None:
         return None
     finally:
         del run
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        free_memory(device)
 
 
 def _record(config: OpsConfig, op: Op, timed: Timed | None, bandwidth: float | None, ceiling: float | None) -> Record:

@@ -92,10 +92,8 @@ def open_study(study: QualityConfig, directory: Path) -> list[Record]:
     Raises:
         UserError: they are of another task, model or training.
     """
-    saved = directory / SAVED_CONFIG
-    if not saved.is_file():
-        if directory.is_dir() and any(directory.iterdir()):
-            raise UserError(f"--output {directory} holds no study to resume; choose another --output")
+    saved = records.saved_config(directory, "study")
+    if saved is None:
         return []
     old = load_quality(saved)
     changed = [name for name in ("task", "model", "lora", "training") if getattr(old, name) != getattr(study, name)]
@@ -113,8 +111,7 @@ def open_study(study: QualityConfig, directory: Path) -> list[Record]:
                 f"--resume: {method.method} with setting {method.setting!r} has other knobs than in {directory}; give "
                 "the new row another setting"
             )
-    path = directory / records.FILE
-    return records.read(path) if path.is_file() else []
+    return records.read_saved(directory)
 
 
 def refuse_other_text(facts: dict[str, Any], directory: Path) -> None:

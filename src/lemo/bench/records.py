@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lemo.config_io import SAVED_CONFIG
 from lemo.errors import UserError
 from lemo.training.storage import storage_errors, write_text
 
@@ -134,6 +135,30 @@ def read(path: Path) -> list[Record]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read ({error}); give a file of benchmark records") from error
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def saved_config(directory: Path, what: str) -> Path | None:
+    """The configuration of what is to be resumed; None if the directory is absent or empty.
+
+    Args:
+        directory: `--output`.
+        what: `benchmark` or `study`, for the message.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    saved = directory / SAVED_CONFIG
+    if saved.is_file():
+        return saved
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"--output {directory} holds no {what} to resume; choose another --output")
+    return None
+
+
+def read_saved(directory: Path) -> list[Record]:
+    """The rows that a directory holds, none without a file of them."""
+    path = directory / FILE
+    return read(path) if path.is_file() else []
 
 
 def _parse(line: str, path: Path, number: int) -> Record:

@@ -7,7 +7,6 @@ After each row all rows are written anew, so that a benchmark that was stopped g
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -30,7 +29,7 @@ from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
 from lemo.bench.step_config import LIGER, StepConfig, StepMethod, load_step
-from lemo.bench.timing import timed
+from lemo.bench.timing import free_memory, timed
 from lemo.config import PredictorConfig, RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
@@ -130,10 +129,8 @@ def open_benchmark(config: StepConfig, directory: Path) -> list[Record]:
     Raises:
         UserError: no benchmark, or one measured in another way.
     """
-    saved = directory / SAVED_CONFIG
-    if not saved.is_file():
-        if directory.is_dir() and any(directory.iterdir()):
-            raise UserError(f"--output {directory} holds no benchmark to resume; choose another --output")
+    saved = records.saved_config(directory, "benchmark")
+    if saved is None:
         return []
     old = load_step(saved)
     fixed = ("labels", "placements", "warm_up", "repeats", "parts", "lora", "dtype")
@@ -145,8 +142,7 @@ def open_benchmark(config: StepConfig, directory: Path) -> list[Record]:
             f"--resume: {', '.join(changed)} differ from the benchmark in {directory} ({saved.name}), so its rows "
             "can't be compared with new ones; choose another --output, or give changed methods another setting"
         )
-    path = directory / records.FILE
-    return records.read(path) if path.is_file() else []
+    return records.read_saved(directory)
 
 
 def places(config: StepConfig) -> list[Place]:
@@ -167,9 +163,7 @@ def measure(
             measured = _measure(config, place, method, device)
         except torch.OutOfMemoryError:
             measured = None
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        free_memory(device)
         yield method, measured
 
 

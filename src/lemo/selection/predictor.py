@@ -201,6 +201,10 @@ class Predictor(nn.Module):
         places = _places_of_batch(layout.blocks_per_document, hidden_ND.device)
         return self._later(torch.cat([pooled, places], 1), stacked)
 
+    def _first_matrices(self) -> Tensor:
+        """The networks' first matrices in one, for inputs that are only centred, [r, D]."""
+        return torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
+
     @staticmethod
     def _later(seen: Tensor, stacked: _Stacked) -> Tensor:
         return torch.relu(torch.relu(seen @ stacked.second) @ stacked.third)
@@ -214,7 +218,7 @@ class Predictor(nn.Module):
         made_from = (dtype, norm.eps, *((x.data_ptr(), x._version) for x in weights))
         if self._first_look is not None and self._first_look[0] == made_from:
             return self._first_look[1]
-        first = torch.cat([network.matrices[0] for network in self.by_name.values()]) / self.spread
+        first = self._first_matrices()
         shift = -self.center if norm.bias is None else norm.bias.float() - self.center
         matrix = (first * norm.weight.float()).to(dtype).contiguous()
         look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
@@ -238,7 +242,7 @@ class Predictor(nn.Module):
             second = torch.block_diag(*seconds)
         thirds = [network.matrices[2] for network in networks]
         third = torch.block_diag(*thirds[:-1], thirds[-1] * self.scale)
-        first = torch.cat([network.matrices[0] for network in networks]) / self.spread
+        first = self._first_matrices()
         bias = -(first @ self.center)
         later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
         self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second.T.to(later).contiguous(), third.T.to(later))
