@@ -119,3 +119,10 @@ def test_kept_work() -> None:
     kept[[0, 3, 5, 7]] = True
     plan = plan_from_blocks(kept, build_layout(1, 8, 1, torch.device("cpu")))
     assert kept_work([plan], 8) == pytest.approx(10 / 36)
+
+
+def test_backward_stores_layer_inputs_with_attend_too() -> None:
+    arguments = ("llama-3-8b", 8, 8192)
+    alone = stored_bytes(*arguments, "lemo-backward", "all-linear")
+    assert alone == 8 * 8192 * 2 * 4096
+    assert stored_bytes(*arguments, "lemo-backward+attend", "all-linear") == alone

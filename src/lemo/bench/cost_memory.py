@@ -80,7 +80,7 @@ def stored_bytes(
         keep, mlp_keep: `lemo-forward`: shares of tokens kept in attention and MLPs.
     """
     w = Widths.of(shape)
-    if checkpointed(method) or method == "lemo-backward":
+    if checkpointed(method) or method.startswith("lemo-backward"):
         return float(layers * T * _BYTES * w.D)
     attention = 2 * w.A + 2 * w.K
     if method.startswith("lemo-forward"):

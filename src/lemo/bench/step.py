@@ -332,7 +332,7 @@ def record(
         cost = step_flop(*sizes, labels, method.method, keep, measured.work, keeps[1], density)
         row.details["tflop"] = cost / TERA
         row.details["stored_gib"] = stored_bytes(*sizes, method.method, config.lora.targets, *keeps) / GIB
-        if method.method != "lemo-backward":
+        if not method.method.startswith("lemo-backward"):
             row.details["moved_gb"] = moved_bytes(*sizes, method.method, *keeps) / 1e9
         row.peak_gib, row.peak_reserved_gib = measured.peak_gib, measured.peak_reserved_gib
         if measured.parts_ms is not None:
