@@ -68,8 +68,8 @@ class Attend(Frozen):
 
     Args:
         density: share of causal attention that is computed, in each document; a little less, since blocks are whole,
-            and more where `window` and the first block exceed it, or `labelled: dense` adds to it. None: `window` and
-            the first block alone.
+            and more where `window` and the first block exceed it, or `labelled: dense` adds to it. A number, or one
+            number per layer. None: `window` and the first block alone.
         window: tokens before its query block that a query sees in any case. Default: half of the blocks that
             `density` allows; with `choice: none` all of them but the first are the window.
         choice: of distant blocks, in each layer. `none` (default, the best where it was measured: docs/quality.md): the
@@ -80,7 +80,7 @@ class Attend(Frozen):
         block: tokens per key block.
     """
 
-    density: Share | None = 0.25
+    density: Share | tuple[Share, ...] | None = 0.25
     window: int | None = Field(default=None, ge=1)
     choice: Literal["none", "pooled", "random"] = "none"
     labelled: Literal["dense", "sparse"] = "sparse"
@@ -91,6 +91,12 @@ class Attend(Frozen):
         if self.density is None and (self.window is None or self.choice != "none"):
             raise ValueError("attend without a density is a window alone: give window, and choice none")
         return self
+
+    def of_layer(self, layer: int) -> Attend:
+        """With that layer's density."""
+        if not isinstance(self.density, tuple):
+            return self
+        return self.model_copy(update={"density": self.density[layer]})
 
 
 class SparsityConfig(Frozen):
@@ -121,8 +127,9 @@ class SparsityConfig(Frozen):
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,
             its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do.
-        dense_share: `forward`: share of the training passes that run dense, evenly spread; they count in the average
-            keep. Default: what the calibration was made for, 0 without one.
+        dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense, evenly
+            spread; they count in the average keep and density. Default: what the calibration was made for, 0 without
+            one.
         train_bypass: `forward`: the bypasses train with the adapter, at its learning rate. The dense model has no use
             for them, and they aren't part of the adapter. Default: where a calibration has some.
         score: `forward`: what attention's blocks are chosen by: `paper` (equations 1-2; sums over later queries, so
@@ -166,10 +173,10 @@ class SparsityConfig(Frozen):
                 raise ValueError("give keep for both branches, or attention/mlp one by one, not both")
             if self.score == "causal" and (self.keep is not None or any(b and b.keep for b in branches)):
                 raise ValueError("score causal needs thresholds: a keep (top-k) looks ahead by itself")
-        elif self.attention or self.mlp or self.calibration is not None or self.dense_share or self.train_bypass:
-            raise ValueError(
-                f"attention, mlp, calibration, dense_share and train_bypass belong to mode forward, not {self.mode}"
-            )
+        elif self.attention or self.mlp or self.calibration is not None or self.train_bypass:
+            raise ValueError(f"attention, mlp, calibration and train_bypass belong to mode forward, not {self.mode}")
+        elif self.dense_share and self.attend is None:
+            raise ValueError(f"dense_share belongs to mode forward or to attend; mode {self.mode} has no dense passes")
         if self.mode == "forward" and self.attend is not None and self.tokens_per_block % self.attend.block:
             raise ValueError(
                 f"in mode forward attend.block ({self.attend.block}) must divide block_size ({self.tokens_per_block}): "

@@ -331,19 +331,46 @@ def test_what_cant_be_combined_is_an_error(device: torch.device) -> None:
         sparse(**batch.inputs(labels=False))
 
 
-def test_dense_passes_count_in_the_density(device: torch.device) -> None:
-    settings = config(mode="forward", keep=1.0, dense_share=0.5, attend=Attend(density=0.4, block=2))
-    _, sparse = pair("llama", device, settings)
+@pytest.mark.parametrize(
+    "values", [{"mode": "forward", "keep": 1.0}, {"mode": "dense"}, {"mode": "backward", "fidelity": 1.0}]
+)
+def test_dense_passes_count_in_the_density(values: dict[str, Any], device: torch.device) -> None:
+    settings = config(**values, dense_share=0.5, attend=Attend(density=0.4, block=2))
+    dense, sparse = pair("llama", device, settings)
+    batch = make_batch("plain", device)
+    dense_loss = dense.train()(**batch.inputs()).loss
+    dense_loss.backward()
     runtime = get_runtime(sparse)
     assert runtime is not None
     found = []
     for _ in range(2):
-        step(sparse, make_batch("plain", device))
+        loss, got = step(sparse, batch)
         found.append(runtime.collect().density)
+        if found[-1] == 1.0:
+            torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-6, atol=0)
+            assert_same_gradients(got, gradients(dense))
+        sparse.zero_grad()
     alone = [density for density in found if density != 1.0]
     assert found.count(1.0) == 1
     assert alone[0] is not None
     assert alone[0] < 0.9
     for _ in range(2):
-        step(sparse, make_batch("plain", device))
+        step(sparse, batch)
     assert runtime.collect().density == pytest.approx((1.0 + alone[0]) / 2)
+
+
+def test_each_layer_has_its_density(device: torch.device) -> None:
+    densities = (0.3, 1.0, 0.6)
+    _, sparse = pair("llama", device, config(mode="dense", attend=Attend(density=densities, block=2)))
+    batch = make_batch("plain", device)
+    step(sparse, batch)
+    together = runtime_of(sparse).collect().density
+    alone = []
+    for density in densities:
+        _, uniform = pair("llama", device, config(mode="dense", attend=Attend(density=density, block=2)))
+        step(uniform, batch)
+        alone.append(runtime_of(uniform).collect().density)
+    assert alone[0] < alone[2] < alone[1] == 1.0
+    assert together == pytest.approx(sum(alone) / 3)
+    with pytest.raises(ValueError, match=r"attend\.density has 2 numbers and the model 3 layers"):
+        lemo.sparsify(build("llama", device), config(mode="dense", attend=Attend(density=(0.5, 0.5))))

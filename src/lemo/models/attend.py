@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lemo.config import Attend
 from lemo.kernels.block_lists import BlockLists
 from lemo.models.documents import stands_in
 from lemo.selection.attend import AttendGrid, build_grid_of_kept, choose_blocks
@@ -34,12 +35,14 @@ class AttendCall:
 
     Attributes:
         state: of the batch.
+        asked: of this layer.
         window: the layer's sliding window in tokens, or None.
         draw: gives the seed of a random choice.
         grid, lists: what the first run chose; None before it.
     """
 
     state: BatchState
+    asked: Attend
     window: int | None
     draw: Callable[[], int]
     grid: AttendGrid | None = None
@@ -49,7 +52,7 @@ class AttendCall:
         """The lists, chosen by these queries and keys of all rows if this is the first run."""
         if self.lists is None:
             with part("selection"):
-                self.grid = self.state.attend_grid(k_KMd.shape[0], self.window)
+                self.grid = self.state.attend_grid(self.asked, k_KMd.shape[0], self.window)
                 self.lists = choose_blocks(self.grid, q_HNd, k_KMd, scale, self.draw)
         return self.lists
 
@@ -57,10 +60,9 @@ class AttendCall:
         """Attention among a plan's rows, [N, H, d]."""
         state = self.state
         if self.lists is None:
-            assert state.attend is not None, "only layers that attend by lists ask"
             with part("selection"):
                 heads = k_KNd.shape[0]
-                self.grid = build_grid_of_kept(state.layout, plan, state.attend, heads, self.window, state.targets)
+                self.grid = build_grid_of_kept(state.layout, plan, self.asked, heads, self.window, state.targets)
                 self.lists = choose_blocks(self.grid, q_HNd, k_KNd, scale, self.draw)
         return attend_lists(q_HNd, k_KNd, v_KNd, self.lists, None, scale)
 

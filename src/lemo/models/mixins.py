@@ -255,7 +255,10 @@ def _checkpoints(layer: Any) -> bool:
 def _attend_call(layer: Any, state: BatchState) -> AttendCall | None:
     """Made outside of what is run again: the second run finds the first one's lists."""
     runtime: Runtime = getattr(layer, RUNTIME)
-    return None if state.attend is None else AttendCall(state, getattr(layer, VIEW).window, runtime.draw_seed)
+    if state.attend is None:
+        return None
+    asked = state.attend.of_layer(getattr(layer, INDEX))
+    return AttendCall(state, asked, getattr(layer, VIEW).window, runtime.draw_seed)
 
 
 def _record_lists(layer: Any, call: AttendCall | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,7 @@ class BatchState:
         bounds: window -> int32 first and last key of each row.
         attend: what queries see; None: everything.
         targets: bool [B·T] on the CPU, rows that enter the loss; None where nothing asks for them.
-        grids: window -> where the lists' blocks lie.
+        grids: (window, density) -> where the lists' blocks lie.
     """
 
     layout: SequenceLayout
@@ -51,14 +51,14 @@ class BatchState:
     bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attend: Attend | None = None
     targets: Tensor | None = None
-    grids: dict[int | None, AttendGrid] = field(default_factory=dict)
+    grids: dict[Hashable, AttendGrid] = field(default_factory=dict)
 
-    def attend_grid(self, heads: int, window: int | None) -> AttendGrid:
-        """Where blocks lie for layers with that sliding window; made once for all of them."""
-        assert self.attend is not None, "only layers that attend by lists ask"
-        if window not in self.grids:
-            self.grids[window] = build_grid(self.layout, self.attend, heads, window, self.targets)
-        return self.grids[window]
+    def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
+        """Where blocks lie for layers with that density and sliding window; made once for all of them."""
+        key = window, attend.density
+        if key not in self.grids:
+            self.grids[key] = build_grid(self.layout, attend, heads, window, self.targets)
+        return self.grids[key]
 
     def bounds_of(self, window: int | None) -> tuple[Tensor, Tensor]:
         """First and last key of every row under that sliding window, int32 [B·T] each; made once for all layers."""

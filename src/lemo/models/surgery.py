@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lemo.config import BranchSelection, SparsityConfig
+from lemo.config import Attend, BranchSelection, SparsityConfig
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.attend import refuse_dropout
 from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
@@ -63,7 +63,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
         found = fingerprint(layers, embedding)
         check_model(directory, calibration.facts, found, embedding.weight.dtype, len(layers))
         config = fill_in(config, calibration)
-    for name in ("attention", "mlp"):
+    for name in ("attention", "mlp", "attend"):
         _check_per_layer(name, getattr(config, name), len(layers))
     if config.attend is not None:
         refuse_dropout(getattr(causal_lm.config, "attention_dropout", 0.0))
@@ -206,8 +206,8 @@ def _subclass(cls: Any, mixin: Any) -> Any:
     return type(cls.__name__, (mixin, cls), names)
 
 
-def _check_per_layer(name: str, selection: BranchSelection | None, layers: int) -> None:
-    for kind in ("keep", "threshold"):
+def _check_per_layer(name: str, selection: BranchSelection | Attend | None, layers: int) -> None:
+    for kind in ("keep", "threshold", "density"):
         value = getattr(selection, kind, None)
         if isinstance(value, tuple) and len(value) != layers:
             raise ValueError(f"{name}.{kind} has {len(value)} numbers and the model {layers} layers; give one a layer")

@@ -109,7 +109,7 @@ def build_grid(
 
     Args:
         layout: documents.
-        attend: what is asked for.
+        attend: what is asked of the layer.
         heads: K.
         window: the layer's sliding window in tokens, or None.
         labelled: bool [B·T] on the CPU, rows whose query blocks see everything; None for none.
@@ -222,6 +222,7 @@ def _budget(attend: Attend, before: Integers, pairs: Integers, own_pairs: float)
     least = 2 if asked is None else asked + 1
     most = least
     if attend.density is not None:
+        assert not isinstance(attend.density, tuple), "a layer's own: Attend.of_layer"
         # What each further block costs: a pair for every query block that has one.
         by_depth = np.bincount(before, weights=pairs, minlength=1)
         cost = by_depth[::-1].cumsum()[::-1][1:].cumsum()
