@@ -105,6 +105,7 @@ class SparsityConfig(Frozen):
     Args:
         mode: `backward` (default): the loss is exact, only kept blocks are recomputed and back-propagated.
             `forward`: the paper's token elimination; lossy. `dense`: nothing is left out, only the loss is segmented.
+            `auto`: `lemo finetune` chooses by the data and says why; what `lemo finetune` does where nothing is said.
         block_size: tokens per block. Default: 1 for `energy`, which then chooses single tokens (the same fidelity with
             fewest of them, docs/decisions/0007), else 64.
         policy: how `backward` chooses: `energy` (by gradient energy, for data with a prompt), `segments` (random
@@ -142,7 +143,7 @@ class SparsityConfig(Frozen):
             blocks of kept tokens, as though a document were what is kept of it.
     """
 
-    mode: Literal["backward", "forward", "dense"] = "backward"
+    mode: Literal["auto", "backward", "forward", "dense"] = "backward"
     block_size: int | None = Field(default=None, ge=1)
     policy: Literal["energy", "segments", "random"] = "energy"
     fidelity: float = Field(default=0.98, ge=0.0, le=1.0)
@@ -163,6 +164,8 @@ class SparsityConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> SparsityConfig:
+        if self.mode == "auto" and (given := self.model_fields_set - {"mode", "tile_mib"}):
+            raise ValueError(f"mode auto chooses by itself; leave {', '.join(sorted(given))} out or name a mode")
         if self.mode == "forward":
             branches = (self.attention, self.mlp)
             if self.keep is None and branches == (None, None) and self.calibration is None:
@@ -373,7 +376,7 @@ class RunConfig(Frozen):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
-    sparsity: SparsityConfig = SparsityConfig()
+    sparsity: SparsityConfig = SparsityConfig(mode="auto")
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"

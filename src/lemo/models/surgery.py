@@ -47,8 +47,10 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     Raises:
         ValueError: unsupported architecture (lists the supported ones), not a CausalLM, already sparsified, or
             per-layer settings whose length isn't the number of layers, or a calibration that is damaged or
-            another model's, or attention dropout with `attend`.
+            another model's, or attention dropout with `attend`, or `mode: auto`.
     """
+    if config.mode == "auto":
+        raise ValueError("mode auto needs the data, which `lemo finetune` has; name a mode here (docs/quality.md)")
     causal_lm = _causal_lm(model)
     if get_runtime(model) is not None:
         raise ValueError("this model is already sparsified; call lemo.restore(model) first")

@@ -145,6 +145,7 @@ _ACCURACY = Column(
 )
 _LOSS = Column("loss before → after", lambda row: change_text(row, "loss_before", "loss_after"))
 _KEEP = Column("keep", lambda row: mean_text(row.stat("keep"), ".2f"))
+_DENSITY = Column("density", lambda row: mean_text(row.stat("density"), ".3f"), "density")
 _STEP = Column("step, ms (faster)", _step_text, "step_ms")
 _PEAK = Column("peak GiB (ratio)", _peak_text, "peak_gib")
 _MARKDOWN = (
@@ -153,6 +154,7 @@ _MARKDOWN = (
     Column("setting", lambda row: _markdown(row.setting)),
     Column("seeds", _seeds),
     _KEEP,
+    _DENSITY,
     _GAIN,
     _EQUAL_TIME,
     _STEP,
@@ -166,6 +168,7 @@ _HTML = (
     Column("setting", lambda row: row.setting),
     Column("seeds", _seeds),
     _KEEP,
+    _DENSITY,
     Column("fidelity", lambda row: mean_text(row.stat("fidelity"), ".3f"), "fidelity"),
     _GAIN,
     _EQUAL_TIME,

@@ -27,6 +27,7 @@ from lemo.models.attention_plans import attention_for
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
 from lemo.training import checkpoints
+from lemo.training.auto import choose_sparsity
 from lemo.training.checks import check_labels_fit, check_length, fingerprint_data, fingerprint_model
 from lemo.training.directory import close_run, is_main_process, open_run, refuse_used
 from lemo.training.metrics import MetricsLog
@@ -63,6 +64,11 @@ def finetune(config: RunConfig, *, resume: bool = False) -> Summary:
     check_length(model, config)
     data = load(config.data, tokenizer, config.training.seed)
     console.print(data.report.render())
+    if config.sparsity.mode == "auto":
+        train = data.report.train
+        choice = choose_sparsity(config.sparsity, train.sequence_lengths, train.labelled_tokens)
+        config = config.model_copy(update={"sparsity": choice.sparsity})
+        console.print(choice.reason, highlight=False, soft_wrap=True)
     check_labels_fit(data.train, config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     identity = checkpoints.identity(config, fingerprint_model(model), fingerprint_data(data.train), processes)

@@ -1,0 +1,63 @@
+"""`mode: auto`: what to leave out, by the data. The rules are the quality lab's and the step benchmark's findings
+(docs/quality.md): nothing is chosen that costs more than 2 points of ordinary LoRA's gain where it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lemo.config import Attend, SparsityConfig
+
+# Prompt and completion: 8% of all tokens in task `sft`, under 1% in `retrieval`. Where half of the tokens or more have
+# labels the kept ones leave little to save.
+MOST_LABELLED = 0.5
+# Tokens. Under this attention is a small part of a step, and lists of blocks save less than they cost.
+LONG = 32768
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `mode: auto` came to.
+
+    Attributes:
+        sparsity: a configuration with another mode.
+        reason: one sentence for the user.
+    """
+
+    sparsity: SparsityConfig
+    reason: str
+
+
+def choose_sparsity(sparsity: SparsityConfig, lengths: Sequence[int], labelled_tokens: int) -> Choice:
+    """The configuration for a training set.
+
+    Args:
+        sparsity: `mode: auto`, with `tile_mib` perhaps.
+        lengths: tokens of each sequence.
+        labelled_tokens: of all of them.
+    """
+    labelled, typical = labelled_tokens / sum(lengths), _typical(lengths)
+    found = f"{labelled:.0%} of the tokens have labels, and half of them lie in sequences of {typical:,} tokens or more"
+    if labelled > MOST_LABELLED:
+        changes: dict[str, Any] = {"mode": "dense"}
+        reason = (
+            f"mode dense: {found}; where nearly all have labels nothing can be left out unseen (sparsity.attend and "
+            "policy segments give some of the gain for time: docs/quality.md)"
+        )
+    elif typical < LONG:
+        changes = {"mode": "backward"}
+        reason = f"mode backward: {found}"
+    else:
+        changes = {"mode": "backward", "attend": Attend(density=0.25, labelled="dense")}
+        reason = f"mode backward, in which prompts attend to a quarter of what they could: {found}"
+    return Choice(SparsityConfig(tile_mib=sparsity.tile_mib, **changes), reason)
+
+
+def _typical(lengths: Sequence[int]) -> int:
+    """Half of all tokens lie in sequences at least as long."""
+    ascending = np.sort(np.asarray(lengths))
+    return int(ascending[np.searchsorted(ascending.cumsum(), ascending.sum() / 2)])
