@@ -323,7 +323,7 @@ def cases() -> list[Case]:
         Case(
             "a calibration in another mode",
             "finetune --set sparsity.calibration=x",
-            r"calibration, dense_share and train_bypass belong to mode forward",
+            r"calibration and train_bypass belong to mode forward",
             light=True,
         ),
     ]

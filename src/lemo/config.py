@@ -164,7 +164,7 @@ class SparsityConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> SparsityConfig:
-        if self.mode == "auto" and (given := self.model_fields_set - {"mode", "tile_mib"}):
+        if self.mode == "auto" and (given := self._changed() - {"mode", "tile_mib"}):
             raise ValueError(f"mode auto chooses by itself; leave {', '.join(sorted(given))} out or name a mode")
         if self.mode == "forward":
             branches = (self.attention, self.mlp)
@@ -194,6 +194,10 @@ class SparsityConfig(Frozen):
         if self.policy != "energy" and self.mode != "backward":
             raise ValueError(f"policy {self.policy} belongs to mode backward, not {self.mode}")
         return self
+
+    def _changed(self) -> set[str]:
+        """Names of the settings that aren't the default's."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     @property
     def tokens_per_block(self) -> int:

@@ -99,7 +99,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("a: 1\n\tb: 2", r"run\.yaml:2: not valid YAML"),
         ("sparsity: 5", r"run\.yaml: sparsity = 5: must be a section of keys"),
         ("sparsity: {fidelity: 1.5}", r"run\.yaml: sparsity\.fidelity = 1\.5: must be at most 1\.0"),
-        ("sparsity: {mode: sparse}", r"sparsity\.mode = 'sparse': must be one of backward, forward or dense"),
+        ("sparsity: {mode: sparse}", r"sparsity\.mode = 'sparse': must be one of auto, backward, forward or dense"),
         ("training: {steps: 0}", r"training\.steps = 0: must be at least 1"),
         ("training: {steps: 1.5}", r"training\.steps = 1\.5: must be a whole number"),
         ("training: {steps: many}", r"training\.steps = 'many': must be a whole number"),
