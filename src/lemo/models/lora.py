@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lemo.kernels.dispatch import HALF
-from lemo.sparse.low_rank import add_low_rank
+from lemo.sparse.low_rank import Added, add_low_rank
 from lemo.sparse.precision import computes_in
 
 _log = logging.getLogger("lemo")
@@ -63,14 +63,40 @@ def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
+def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:
+    """Outputs of several linears; of those that are fused LoRA layers to which nobody listens the products together."""
+    layers = [module for module in modules if _half(x_NI) and _is_fused_alone(module)]
+    outputs = [module.base_layer(x_NI) if module in layers else module(x_NI) for module in modules]
+    if not layers:
+        return outputs
+    pairs = zip(modules, outputs, strict=True)
+    sums = iter(add_low_rank(x_NI, *(_added(one, _active(one)[0], y) for one, y in pairs if one in layers)))
+    return [next(sums) if module in layers else y for module, y in zip(modules, outputs, strict=True)]
+
+
+def _is_fused_alone(module: Any) -> bool:
+    """Whether `fused_linear` gave it its `forward`, one adapter is active, and no hook wants its input or output."""
+    if getattr(module.__dict__.get("forward"), "func", None) is not _forward or len(_active(module)) != 1:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks)
+
+
+def _half(x: Tensor) -> bool:
+    return computes_in(x.device.type, x.dtype) in HALF
+
+
+def _added(layer: Any, name: str, y_NO: Tensor) -> Added:
+    return Added(y_NO, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    half = computes_in(x.device.type, x.dtype) in HALF
     # Arguments are `adapter_names` and what variants take. With gradients only rows of tokens: in-place autograd on a
     # view copies it.
-    if args or kwargs or not half or (torch.is_grad_enabled() and x.dim() != 2):
+    if args or kwargs or not _half(x) or (torch.is_grad_enabled() and x.dim() != 2):
         return type(layer).forward(layer, x, *args, **kwargs)
     y = layer.base_layer(x)
     y_NO, x_NI = (y, x) if x.dim() == 2 else (y.flatten(0, -2), x.flatten(0, -2))
     for name in _active(layer):
-        y_NO = add_low_rank(y_NO, x_NI, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        (y_NO,) = add_low_rank(x_NI, _added(layer, name, y_NO))
     return y_NO.view(y.shape)

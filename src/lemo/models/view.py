@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lemo.models.architectures import Architecture
 from lemo.models.fused import fused
+from lemo.models.lora import linears_of_one_input
 from lemo.models.norms import norm_weights
 from lemo.models.rotary import rotated, rotation_of
 from lemo.sparse.view import Rotary
@@ -126,17 +127,10 @@ class ArchitectureView:
         heads = projected.view(projected.shape[0], -1, attention.head_dim)
         return heads if norm is None else getattr(attention, norm)(heads)
 
-    def _query(self, normed_ND: Tensor) -> Tensor:
-        projected = getattr(self._attention, self.row.query)(normed_ND)
+    def _query_heads(self, projected: Tensor) -> Tensor:
         if self.row.scale_query:
             projected = projected * self._attention.scaling
         return self._heads(projected, self.row.query_norm)
-
-    def _key(self, normed_ND: Tensor) -> Tensor:
-        return self._heads(getattr(self._attention, self.row.key)(normed_ND), self.row.key_norm)
-
-    def _value(self, normed_ND: Tensor) -> Tensor:
-        return self._heads(getattr(self._attention, self.row.value)(normed_ND), None).transpose(0, 1)
 
     def _rotate(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
         heads_HNd = heads_NHd.transpose(0, 1)
@@ -147,16 +141,23 @@ class ArchitectureView:
         return rotation_of(self._attention)(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
-        return self._rotate(self._query(normed_ND), rotary)
+        return self._rotate(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)
 
     def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        return self._rotate(self._key(normed_ND), rotary), self._value(normed_ND)
+        attention = self._attention
+        key = self._heads(getattr(attention, self.row.key)(normed_ND), self.row.key_norm)
+        value = self._heads(getattr(attention, self.row.value)(normed_ND), None)
+        return self._rotate(key, rotary), value.transpose(0, 1)
 
     def query_key_value(self, normed_ND: Tensor, rotary: Rotary, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self._query(normed_ND), self._key(normed_ND), self._value(normed_ND)
+        attention, row = self._attention, self.row
+        linears = [getattr(attention, name) for name in (row.query, row.key, row.value)]
+        q, k, v = linears_of_one_input(linears, normed_ND)
+        query, key = self._query_heads(q), self._heads(k, row.key_norm)
+        value = self._heads(v, None).transpose(0, 1)
         if rotary is None:
             return query.transpose(0, 1), key.transpose(0, 1), value
-        return *rotated(rotation_of(self._attention), query, key, *rotary, rows_N), value
+        return *rotated(rotation_of(attention), query, key, *rotary, rows_N), value
 
     def attention_output(self, context_NHd: Tensor) -> Tensor:
         out = getattr(self._attention, self.row.output)(context_NHd)
