@@ -53,12 +53,12 @@ class SequenceLayout:
         """B·T."""
         return self.shape[0] * self.shape[1]
 
-    @property
+    @functools.cached_property
     def real_tokens(self) -> int:
         """Rows that belong to a document."""
         return sum(end - first for first, end in self.documents)
 
-    @property
+    @functools.cached_property
     def blocks_per_document(self) -> tuple[int, ...]:
         return tuple(-(-(end - first) // self.block_size) for first, end in self.documents)
 

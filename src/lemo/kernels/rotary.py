@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.tiles import power_of_2
+
 
 def rotate(
     q_NHd: Tensor, k_NKd: Tensor, cos_Td: Tensor, sin_Td: Tensor, rows_N: Tensor, *, transposed: bool = False
@@ -36,8 +38,8 @@ def rotate(
             _rotate[(N,)](
                 q_NHd, k_NKd, q_out, k_out, cos_Td, sin_Td, rows_N,
                 q_NHd.stride(0), q_NHd.stride(1), k_NKd.stride(0), k_NKd.stride(1),
-                H=H, K=K, HALF=d // 2, BH=triton.next_power_of_2(H), BK=triton.next_power_of_2(K),
-                BD=triton.next_power_of_2(d // 2), TRANSPOSED=transposed, num_warps=4,
+                H=H, K=K, HALF=d // 2, BH=power_of_2(H), BK=power_of_2(K),
+                BD=power_of_2(d // 2), TRANSPOSED=transposed, num_warps=4,
             )  # fmt: skip
     return q_out, k_out
 

@@ -35,7 +35,7 @@ def _reason_against(module: Any) -> str | None:
     kind = type(module)
     if kind.__name__ not in _KNOWN or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__module__}.{kind.__qualname__} isn't a gated MLP that is known"
-    if any(True for _ in module.act_fn.parameters()):
+    if type(module.act_fn) not in _SILU and any(True for _ in module.act_fn.parameters()):
         return f"{type(module.act_fn).__qualname__} has parameters"
     return None
 

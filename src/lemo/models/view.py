@@ -184,6 +184,11 @@ class ArchitectureView:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a dropout inside is in effect; torch's own walk makes names, too slow for every layer in every step."""
-    if isinstance(module, nn.Dropout) and module.training and module.p > 0.0:
-        return True
-    return any(_drops(child) for child in module._modules.values() if child is not None)
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            if isinstance(one, nn.Dropout) and one.training and one.p > 0.0:
+                return True
+            waiting.extend(one._modules.values())
+    return False

@@ -121,6 +121,30 @@ def _places_of_batch(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Side:
+    """Documents side by side.
+
+    Attributes:
+        blocks: int64 [documents, n], each one's blocks; those that a short document lacks are `blocks`' number.
+        there: int64 [blocks], where the batch's blocks lie in that, flattened.
+        counts: fp32 [documents, 1], blocks of each.
+    """
+
+    blocks: Tensor
+    there: Tensor
+    counts: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _side_by_side(counts: tuple[int, ...], device: torch.device) -> _Side:
+    number = torch.tensor(counts)[:, None]
+    column = torch.arange(max(counts))[None]
+    blocks = torch.where(column < number, column + (number.cumsum(0) - number), sum(counts))
+    there = (column < number).flatten().nonzero().flatten()
+    return _Side(*(x.to(device, non_blocking=True) for x in (blocks, there, number.float())))
+
+
+@dataclass(frozen=True)
 class _Stacked:
     """All networks of a predictor as one, in one dtype: an input goes through three products, however many there are.
 
@@ -142,24 +166,27 @@ class Predictor(nn.Module):
     Attributes:
         center, spread: mean and standard deviation of each input on the sample, [D].
         scale: mean of the exact scores on the sample.
+        pooled: whether the networks' second layers see blocks, or tokens.
     """
 
+    pooled: bool
     center: Tensor
     spread: Tensor
     scale: Tensor
 
-    def __init__(self, networks: dict[str, LowRankNetwork], width: int) -> None:
+    def __init__(self, names: Sequence[str], width: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(networks)
+        self.networks = nn.ModuleDict({name: LowRankNetwork(width, widths, self.pooled) for name in names})
         self.register_buffer("center", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
         self._stacked: _Stacked | None = None
         self._first_look: tuple[Any, FirstLook] | None = None
+        self._numbers: int | None = None
 
     def forget(self) -> None:
         """Drops what was made from the matrices, which have changed."""
-        self._stacked = self._first_look = None
+        self._stacked = self._first_look = self._numbers = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -249,9 +276,11 @@ class Predictor(nn.Module):
         return self._stacked
 
     @property
-    def pooled(self) -> bool:
-        """Whether the networks' second layers see blocks, or tokens."""
-        return all(network.pooled for network in self.by_name.values())
+    def numbers(self) -> int:
+        """What the first matrices make of a token."""
+        if self._numbers is None:
+            self._numbers = sum(network.widths[0] for network in self.by_name.values())
+        return self._numbers
 
     @property
     def by_name(self) -> dict[str, LowRankNetwork]:
@@ -265,10 +294,27 @@ class Predictor(nn.Module):
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         """One document's block scores, fp32 [n], as `lemo.selection.scores` computes them from exact ones."""
-        return self.scores(self.outputs(x_ND, blocks), causal)
+        return self.scores(self.outputs(x_ND, blocks), (blocks.count,), causal)
 
-    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
-        """One document's block scores, [n], from the networks' outputs."""
+    def scores(self, outputs: Tensor, counts: tuple[int, ...], causal: bool) -> Tensor:
+        """A batch's block scores, [blocks], from the networks' outputs.
+
+        Args:
+            outputs: [blocks, outputs].
+            counts: blocks of each document.
+            causal: the score that looks at earlier blocks only.
+        """
+        # torch adds up along rows ten times as fast as along columns.
+        by_row = outputs.T.contiguous()
+        side = _side_by_side(counts, outputs.device)
+        if len(counts) == 1:
+            return self._scores(by_row[:, None], side.counts, causal)[0]
+        # A block of zeros where there is none.
+        score = self._scores(F.pad(by_row, (0, 1))[:, side.blocks], side.counts, causal)
+        return score.flatten()[side.there]
+
+    def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
+        """The same of documents side by side: [documents, n] from [outputs, documents, n]."""
         raise NotImplementedError
 
 
@@ -280,21 +326,22 @@ class AttentionPredictor(Predictor):
         widths: of both networks.
     """
 
+    pooled = True
+
     def __init__(self, width: int, widths: Sequence[int]) -> None:
-        super().__init__({name: LowRankNetwork(width, widths, pooled=True) for name in ("query", "key")}, width)
+        super().__init__(("query", "key"), width, widths)
 
     def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
         return (query @ key.T).tril()
 
-    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
-        # torch adds up along rows ten times as fast as along columns.
-        query, key = outputs_no.T.contiguous().chunk(2, 0)
+    def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
+        query, key = outputs.chunk(2, 0)
         if not causal:
-            later = query.flip(1).cumsum(1).flip(1)
-            return torch.linalg.vecdot(later, key, dim=0) / len(outputs_no)
-        return causal_view(torch.linalg.vecdot(query, key.cumsum(1), dim=0))
+            later = query.flip(2).cumsum(2).flip(2)
+            return torch.linalg.vecdot(later, key, dim=0) / counts
+        return causal_view(torch.linalg.vecdot(query, key.cumsum(2), dim=0))
 
 
 class ActivityPredictor(Predictor):
@@ -305,12 +352,13 @@ class ActivityPredictor(Predictor):
         widths: of the network; the last becomes 1.
     """
 
-    def __init__(self, width: int, widths: Sequence[int]) -> None:
-        super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
+    pooled = False
 
-    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
-        score = outputs_no[:, 0]
-        return from_predecessor(score) if causal else score
+    def __init__(self, width: int, widths: Sequence[int]) -> None:
+        super().__init__(("activity",), width, (*widths[:-1], 1))
+
+    def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
+        return from_predecessor(outputs[0]) if causal else outputs[0]
 
 
 KINDS: dict[str, type[AttentionPredictor] | type[ActivityPredictor]] = {
@@ -337,17 +385,13 @@ def predicted_scores(
         layout: documents and blocks.
         causal: the score that looks at earlier blocks only.
     """
-    numbers = sum(network.widths[0] for network in predictor.by_name.values())
-    backend = prediction_backend(hidden_ND, layout.block_size, numbers, weights is not None)
+    backend = prediction_backend(hidden_ND, layout.block_size, predictor.numbers, weights is not None)
     # Thresholds were chosen for scores computed so.
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if backend == "triton" and weights is not None:
-            parts = predictor.outputs_by_kernel(hidden_ND, weights, layout).split(layout.blocks_per_document)
-            return torch.cat([predictor.scores(part, causal) for part in parts])
-        normed = norm(hidden_ND)
-        return torch.cat(
-            [
-                predictor.informativeness(normed[first:end], Blocks(end - first, layout.block_size), causal)
-                for first, end in layout.documents
-            ]
-        )
+            outputs = predictor.outputs_by_kernel(hidden_ND, weights, layout)
+        else:
+            normed, size = norm(hidden_ND), layout.block_size
+            documents = layout.documents
+            outputs = torch.cat([predictor.outputs(normed[a:b], Blocks(b - a, size)) for a, b in documents])
+        return predictor.scores(outputs, layout.blocks_per_document, causal)

@@ -87,14 +87,14 @@ def causal_view(row_sums: Tensor) -> Tensor:
     """Each block gets its predecessor's mean over the blocks that it sees, 0 for the first.
 
     Args:
-        row_sums: of each query block, its pair scores summed, [blocks].
+        row_sums: of each query block, its pair scores summed, [..., blocks].
     """
-    return from_predecessor(row_sums / torch.arange(1, row_sums.numel() + 1, device=row_sums.device))
+    return from_predecessor(row_sums / torch.arange(1, row_sums.shape[-1] + 1, device=row_sums.device))
 
 
 def from_predecessor(score: Tensor) -> Tensor:
-    """A document's scores moved on by a block, so that each is decided by earlier blocks; 0 for the first, [blocks]."""
-    return torch.cat([score.new_zeros(1), score[:-1]])
+    """A document's scores moved on by a block, so that earlier blocks decide each; 0 for the first, [..., blocks]."""
+    return torch.nn.functional.pad(score[..., :-1], (1, 0))
 
 
 def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
