@@ -89,7 +89,7 @@ def test_exact_in_fp64() -> None:
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("a",), ("b",), ("x", "a", "b")])
 def test_linears_of_one_input_are_exact_in_fp64(frozen: tuple[str, ...]) -> None:
-    """Of different widths, ranks and scales."""
+    """Of different widths, ranks and scales; of the last the linear's own gradient is made too."""
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad="x" not in frozen)
     sizes = ((7, 3, 0.5), (4, 2, 2.0), (9, 5, 1.0))
 
@@ -98,8 +98,13 @@ def test_linears_of_one_input_are_exact_in_fp64(frozen: tuple[str, ...]) -> None
 
     parts = [(drawn(5, o, "y"), drawn(r, 6, "a"), drawn(o, r, "b"), s) for o, r, s in sizes]
     leaves = [t for t in (x, *(t for part in parts for t in part[:3])) if t.requires_grad]
+    weight = torch.randn(9, 6, dtype=torch.float64)
     wanted = [y + s * (x @ a.T) @ b.T for y, a, b, s in parts]
-    found = add_low_rank(x, *(Added(y * 1, a, b, s) for y, a, b, s in parts))
+    wanted[-1] = wanted[-1] - parts[-1][0] + x @ weight.T
+    added = [Added(y * 1, a, b, s) for y, a, b, s in parts[:-1]]
+    added.append(Added((x @ weight.T).detach(), *parts[-1][1:], weight))
+    leaves = [t for t in leaves if t is not parts[-1][0]]
+    found = add_low_rank(x, *added)
     right, mine = (torch.autograd.grad(sum(t.square().sum() for t in ts), leaves) for ts in (wanted, found))
     for left, other in zip((*found, *mine), (*wanted, *right), strict=True):
         torch.testing.assert_close(left, other, rtol=1e-12, atol=1e-12)
@@ -222,3 +227,30 @@ def test_layers_are_left_as_they_were() -> None:
         model(torch.randn(3, 5))
     assert model.up.__dict__["forward"] is theirs
     assert "forward" not in model.down.__dict__
+
+
+@pytest.mark.parametrize("case", ["frozen", "trained", "trained bias", "watched", "replaced"])
+def test_a_linear_that_trains_or_is_watched_keeps_its_graph(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 all through: gradients of x, adapter and linear are PEFT's but for rounding."""
+    model, x = adapted().to(torch.bfloat16), torch.randn(500, 24).to(torch.bfloat16)
+    base, seen = model.up.base_layer, []
+    base.weight.requires_grad_(case == "trained")
+    base.bias.requires_grad_(case == "trained bias")
+    if case == "watched":
+        base.register_full_backward_hook(lambda *_: seen.append(1))
+    if case == "replaced":
+        base.forward = base.forward
+    wanted = run(model, x, False, None)
+    seen.clear()
+    weights: list[Any] = []
+    monkeypatch.setattr(lora, "add_low_rank", lambda x, one: weights.append(one.weight) or add_low_rank(x, one))
+    found = run(model, x, True, None)
+    up, down = base.weight, model.down.base_layer.weight
+    # Of a watched linear nothing is fused.
+    wanted_weights = {"frozen": [up, down], "watched": [down]}.get(case, [None, down])
+    assert len(weights) == len(wanted_weights)
+    assert all(one is other for one, other in zip(weights, wanted_weights, strict=True))
+    assert len(seen) == (case == "watched")
+    assert len(found) == len(wanted)
+    for left, right in zip(found, wanted, strict=True):
+        assert (left - right).norm() <= 2e-2 * right.norm()

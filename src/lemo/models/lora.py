@@ -41,6 +41,10 @@ def _reason_against(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__qualname__} isn't PEFT's plain LoRA linear"
     if layer.disable_adapters or layer.merged:
         return "the adapter is switched off or merged"
+    if not _active(layer):
+        return "no adapter is active"
+    if not _unwatched(layer.base_layer):
+        return "hooks on the linear, which would see its output change"
     for name in _active(layer):
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if name in layer.lora_variant:
@@ -66,28 +70,48 @@ def _active(layer: Any) -> list[str]:
 def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:
     """Outputs of several linears; of those that are fused LoRA layers to which nobody listens the products together."""
     layers = [module for module in modules if _half(x_NI) and _is_fused_alone(module)]
-    outputs = [module.base_layer(x_NI) if module in layers else module(x_NI) for module in modules]
     if not layers:
-        return outputs
-    pairs = zip(modules, outputs, strict=True)
-    sums = iter(add_low_rank(x_NI, *(_added(one, _active(one)[0], y) for one, y in pairs if one in layers)))
-    return [next(sums) if module in layers else y for module, y in zip(modules, outputs, strict=True)]
+        return [module(x_NI) for module in modules]
+    added = {module: _added(module, _active(module)[0], *_base(module, x_NI)) for module in layers}
+    others = {module: module(x_NI) for module in modules if module not in added}
+    sums = dict(zip(layers, add_low_rank(x_NI, *added.values()), strict=True))
+    return [sums[module] if module in sums else others[module] for module in modules]
 
 
 def _is_fused_alone(module: Any) -> bool:
     """Whether `fused_linear` gave it its `forward`, one adapter is active, and no hook wants its input or output."""
     if getattr(module.__dict__.get("forward"), "func", None) is not _forward or len(_active(module)) != 1:
         return False
+    return _unwatched(module)
+
+
+def _unwatched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks)
 
 
+def _base(layer: Any, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The linear's output; and its weight if it is a frozen `nn.Linear`, whose output then has no graph."""
+    base = layer.base_layer
+    if type(base) is not nn.Linear or "forward" in base.__dict__:
+        return base(x_NI), None
+    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if trains or base.weight.dtype != _product_dtype(x_NI):
+        return base(x_NI), None
+    with torch.no_grad():
+        return base(x_NI), base.weight
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return computes_in(x.device.type, x.dtype)
+
+
 def _half(x: Tensor) -> bool:
-    return computes_in(x.device.type, x.dtype) in HALF
+    return _product_dtype(x) in HALF
 
 
-def _added(layer: Any, name: str, y_NO: Tensor) -> Added:
-    return Added(y_NO, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+def _added(layer: Any, name: str, y_NO: Tensor, weight_OI: Tensor | None) -> Added:
+    return Added(y_NO, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], weight_OI)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,8 +119,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # view copies it.
     if args or kwargs or not _half(x) or (torch.is_grad_enabled() and x.dim() != 2):
         return type(layer).forward(layer, x, *args, **kwargs)
-    y = layer.base_layer(x)
-    y_NO, x_NI = (y, x) if x.dim() == 2 else (y.flatten(0, -2), x.flatten(0, -2))
-    for name in _active(layer):
-        (y_NO,) = add_low_rank(x_NI, _added(layer, name, y_NO))
-    return y_NO.view(y.shape)
+    x_NI = x if x.dim() == 2 else x.flatten(0, -2)
+    first, *others = _active(layer)
+    (y_NO,) = add_low_rank(x_NI, _added(layer, first, *_base(layer, x_NI)))
+    for name in others:
+        (y_NO,) = add_low_rank(x_NI, _added(layer, name, y_NO, None))
+    return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], y_NO.shape[-1])

@@ -3,7 +3,7 @@
 PEFT computes it as written: a copy of x in the adapter's fp32, the product in full width, its scaled copy, the sum.
 Here the product accumulates onto y inside one matrix product, and x is stored once, in the dtype the linear computes
 in. By the shapes of Llama-3-8B at 64K tokens that is 15 GB of traffic a layer in place of 60. Of all linears there is
-one product with x, and one that makes the gradient of x.
+one product of x with A, and the gradient of x is one tensor onto which each product accumulates.
 
 Shapes: N rows, I and O a linear's widths, r rank, R ranks of all linears together.
 """
@@ -28,12 +28,14 @@ class Added:
         y: the linear's output, contiguous, [N, O]; its dtype is that of all products, the same for all linears.
         a, b: the adapter, [r, I] and [O, r], any floating dtype; gradients come back in theirs.
         scale: alpha / r, for one.
+        weight: the linear's, [O, I] in y's dtype, if y was made of x without a graph; then x gets that gradient too.
     """
 
     y: Tensor
     a: Tensor
     b: Tensor
     scale: float
+    weight: Tensor | None = None
 
 
 def add_low_rank(x_NI: Tensor, *added: Added) -> tuple[Tensor, ...]:
@@ -45,7 +47,7 @@ def add_low_rank(x_NI: Tensor, *added: Added) -> tuple[Tensor, ...]:
     """
     ys, a, b, scales = zip(*((one.y, one.a, one.b, one.scale) for one in added), strict=True)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_NI, *ys, *a, *b)):
-        return _AddLowRank.apply(x_NI, scales, *ys, *a, *b)
+        return _AddLowRank.apply(x_NI, scales, tuple(one.weight for one in added), *ys, *a, *b)
     _add(x_NI, scales, ys, a, b)
     return ys
 
@@ -72,22 +74,25 @@ def _split(x_NR: Tensor, b: list[Tensor]) -> tuple[Tensor, ...]:
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, scales: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x_NI: Tensor, scales: tuple[float, ...], weights: tuple[Tensor | None, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         m = len(scales)
         ys, a, b = tensors[:m], tensors[m : 2 * m], tensors[2 * m :]
         low_NI, inner_NR, a_RI, low_b = _add(x_NI, scales, ys, a, b)
         ctx.mark_dirty(*ys)
-        ctx.save_for_backward(low_NI, inner_NR, a_RI, *low_b)
+        ctx.save_for_backward(low_NI, inner_NR, a_RI, *weights, *low_b)
         ctx.scales, ctx.dtypes = scales, (x_NI.dtype, a[0].dtype, b[0].dtype)
         return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, inner_NR, a_RI, *b = ctx.saved_tensors
         scales, (x_dtype, a_dtype, b_dtype) = ctx.scales, ctx.dtypes
         m = len(scales)
-        wants_x, _, *wanted = ctx.needs_input_grad
+        x_NI, inner_NR, a_RI, *rest = ctx.saved_tensors
+        weights, b = rest[:m], rest[m:]
+        wants_x, _, _, *wanted = ctx.needs_input_grad
         wants_a, wants_b = any(wanted[m : 2 * m]), any(wanted[2 * m :])
         grad_x: Tensor | None = None
         grad_a: tuple[Tensor | None, ...] = (None,) * m
@@ -97,10 +102,14 @@ class _AddLowRank(torch.autograd.Function):
                 # Scaled here: r columns, not O.
                 through = [(grad @ b_Or).mul_(scale) for grad, b_Or, scale in zip(grads, b, scales, strict=True)]
                 through_NR = through[0] if m == 1 else torch.cat(through, 1)
-                grad_x = (through_NR @ a_RI).to(x_dtype) if wants_x else None
+                if wants_x:
+                    grad_x = through_NR @ a_RI
+                    for grad, weight in zip(grads, weights, strict=True):
+                        grad_x = grad_x if weight is None else grad_x.addmm_(grad, weight)
+                    grad_x = grad_x.to(x_dtype)
                 if wants_a:
                     grad_a = (through_NR.T @ x_NI).to(a_dtype).split([b_Or.shape[1] for b_Or in b])
             if wants_b:
                 inner = _split(inner_NR, b)
                 grad_b = [(grad.T @ i).to(b_dtype).mul_(s) for grad, i, s in zip(grads, inner, scales, strict=True)]
-        return grad_x, None, *grads, *grad_a, *grad_b
+        return grad_x, None, None, *grads, *grad_a, *grad_b
