@@ -12,7 +12,8 @@ from torch import Tensor
 from lemo.config import PredictorConfig
 from lemo.models.calibration import widths_of
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Blocks, Predictor, predicted_scores
+from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Predictor, predicted_scores
+from lemo.selection.predictor_blocks import Blocks
 from lemo.selection.predictor_stack import PredictorStack
 from lemo.selection.predictor_training import GIB, Example, PredictorTraining, recall
 from lemo.selection.scores import attention_informativeness, mlp_informativeness

@@ -17,7 +17,6 @@ Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,15 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import prediction_backend
+from lemo.selection.predictor_blocks import PLACES, Blocks, places_of_batch, side_by_side
 from lemo.selection.scores import causal_view, from_predecessor
 from lemo.types import NormWeights, SequenceLayout
 
 if TYPE_CHECKING:
     from lemo.kernels.prediction import FirstLook
 
-# Distances in blocks over which scores change: a block's place is told at each.
-_PERIODS = (8, 32, 128, 512)
-PLACES = 3 + 2 * len(_PERIODS)
 LAYERS = 3
 
 
@@ -65,83 +62,6 @@ class LowRankNetwork(nn.Module):
         """Rows of each matrix."""
         first, second, third = self.matrices
         return first.shape[0], second.shape[0], third.shape[0]
-
-
-class Blocks:
-    """Blocks of one document of `tokens` rows.
-
-    Args:
-        tokens: its length.
-        size: tokens per block.
-    """
-
-    def __init__(self, tokens: int, size: int) -> None:
-        self.size = size
-        self.whole = tokens // size
-        self.count = -(-tokens // size)
-
-    def mean(self, rows_Nr: Tensor) -> Tensor:
-        """Over each block's rows, fp32 or wider, [..., n, r] of [..., N, r]."""
-        whole, rest = self._parts(rows_Nr)
-        wide = torch.promote_types(rows_Nr.dtype, torch.float32)
-        mean = whole.mean(-2, dtype=wide)
-        return mean if rest is None else torch.cat([mean, rest.mean(-2, keepdim=True, dtype=wide)], -2)
-
-    def pool(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, maximum) over each block's rows, fp32 or wider, [..., n, r] each."""
-        whole, rest = self._parts(rows_Nr)
-        mean, largest = self.mean(rows_Nr), whole.amax(-2)
-        if rest is not None:
-            largest = torch.cat([largest, rest.amax(-2, keepdim=True)], -2)
-        return mean, largest.to(mean.dtype)
-
-    def _parts(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The whole blocks' rows [..., whole, size, r], and those of the last if it is short."""
-        end = self.whole * self.size
-        whole = rows_Nr[..., :end, :].unflatten(-2, (self.whole, self.size))
-        return whole, rows_Nr[..., end:, :] if self.whole < self.count else None
-
-    def places(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Where each block lies, [n, PLACES]; nothing of it depends on later blocks."""
-        return _places(self.count, device, dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _places(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    index = torch.arange(count, device=device, dtype=torch.float32)
-    angles = [2 * math.pi * index / period for period in _PERIODS]
-    columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
-    columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
-    return torch.stack(columns, 1).to(dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _places_of_batch(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.cat([_places(count, device, torch.float32) for count in counts])
-
-
-@dataclass(frozen=True)
-class _Side:
-    """Documents side by side.
-
-    Attributes:
-        blocks: int64 [documents, n], each one's blocks; those that a short document lacks are `blocks`' number.
-        there: int64 [blocks], where the batch's blocks lie in that, flattened.
-        counts: fp32 [documents, 1], blocks of each.
-    """
-
-    blocks: Tensor
-    there: Tensor
-    counts: Tensor
-
-
-@functools.lru_cache(maxsize=64)
-def _side_by_side(counts: tuple[int, ...], device: torch.device) -> _Side:
-    number = torch.tensor(counts)[:, None]
-    column = torch.arange(max(counts))[None]
-    blocks = torch.where(column < number, column + (number.cumsum(0) - number), sum(counts))
-    there = (column < number).flatten().nonzero().flatten()
-    return _Side(*(x.to(device, non_blocking=True) for x in (blocks, there, number.float())))
 
 
 @dataclass(frozen=True)
@@ -225,7 +145,7 @@ class Predictor(nn.Module):
         if not self.pooled:
             return mean_activity(hidden_ND, look, stacked.second, stacked.third[:, 0], *where)[:, None]
         pooled = pooled_look(hidden_ND, look, *where)
-        places = _places_of_batch(layout.blocks_per_document, hidden_ND.device)
+        places = places_of_batch(layout.blocks_per_document, hidden_ND.device)
         return self._later(torch.cat([pooled, places], 1), stacked)
 
     def _first_matrices(self) -> Tensor:
@@ -234,7 +154,8 @@ class Predictor(nn.Module):
 
     @staticmethod
     def _later(seen: Tensor, stacked: _Stacked) -> Tensor:
-        return torch.relu(torch.relu(seen @ stacked.second) @ stacked.third)
+        # Products the other way round, so that `scores` finds its rows in memory.
+        return torch.relu(stacked.third.T @ torch.relu(stacked.second.T @ seen.T)).T
 
     @torch.no_grad()
     def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
@@ -288,6 +209,11 @@ class Predictor(nn.Module):
         return {name: cast(LowRankNetwork, network) for name, network in self.networks.items()}
 
     @property
+    def device(self) -> torch.device:
+        """Where its matrices lie."""
+        return self.center.device
+
+    @property
     def size(self) -> int:
         """Numbers in the matrices."""
         return sum(p.numel() for p in self.parameters())
@@ -306,7 +232,7 @@ class Predictor(nn.Module):
         """
         # torch adds up along rows ten times as fast as along columns.
         by_row = outputs.T.contiguous()
-        side = _side_by_side(counts, outputs.device)
+        side = side_by_side(counts, outputs.device)
         if len(counts) == 1:
             return self._scores(by_row[:, None], side.counts, causal)[0]
         # A block of zeros where there is none.

@@ -99,9 +99,12 @@ class _AddLowRank(torch.autograd.Function):
         grad_b: list[Tensor | None] = [None] * m
         with products_in(x_NI.device.type, x_NI.dtype):
             if wants_x or wants_a:
-                # Scaled here: r columns, not O.
-                through = [(grad @ b_Or).mul_(scale) for grad, b_Or, scale in zip(grads, b, scales, strict=True)]
+                through = [grad @ b_Or for grad, b_Or in zip(grads, b, strict=True)]
                 through_NR = through[0] if m == 1 else torch.cat(through, 1)
+                # Scaled here: r columns, not O; all at once where they are scaled alike.
+                alike = len(set(scales)) == 1
+                for part, scale in zip((through_NR,) if alike else _split(through_NR, b), scales, strict=False):
+                    part.mul_(scale)
                 if wants_x:
                     grad_x = through_NR @ a_RI
                     for grad, weight in zip(grads, weights, strict=True):
