@@ -68,7 +68,8 @@ def _rotate_heads(
     X, stride, OUT, cos_1, cos_2, sin_1, sin_2,
     H: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    h, d = tl.arange(0, BH)[:, None], tl.arange(0, BD)[None, :]
+    # A head's gradient may lie N rows from the next one's.
+    h, d = tl.arange(0, BH)[:, None].to(tl.int64), tl.arange(0, BD)[None, :]
     here = (h < H) & (d < HALF)
     x_1 = tl.load(X + h * stride + d, mask=here, other=0.0).to(tl.float32)
     x_2 = tl.load(X + h * stride + d + HALF, mask=here, other=0.0).to(tl.float32)
