@@ -114,5 +114,9 @@ class _AddLowRank(torch.autograd.Function):
                     grad_a = (through_NR.T @ x_NI).to(a_dtype).split([b_Or.shape[1] for b_Or in b])
             if wants_b:
                 inner = _split(inner_NR, b)
-                grad_b = [(grad.T @ i).to(b_dtype).mul_(s) for grad, i, s in zip(grads, inner, scales, strict=True)]
+                # With beta 0 nothing of the first operand is read: a product times a number.
+                grad_b = [
+                    torch.addmm(b_Or, grad.T, inner_Nr, beta=0, alpha=scale).to(b_dtype)
+                    for b_Or, grad, inner_Nr, scale in zip(b, grads, inner, scales, strict=True)
+                ]
         return grad_x, None, None, *grads, *grad_a, *grad_b
