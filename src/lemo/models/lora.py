@@ -18,9 +18,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lemo.kernels.dispatch import HALF
+from lemo.models.frozen import computes_in_half, output_of, unwatched
 from lemo.sparse.low_rank import Added, add_low_rank
-from lemo.sparse.precision import computes_in
 
 _log = logging.getLogger("lemo")
 
@@ -43,7 +42,7 @@ def _reason_against(layer: Any) -> str | None:
         return "the adapter is switched off or merged"
     if not _active(layer):
         return "no adapter is active"
-    if not _unwatched(layer.base_layer):
+    if not unwatched(layer.base_layer):
         return "hooks on the linear, which would see its output change"
     for name in _active(layer):
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
@@ -69,10 +68,10 @@ def _active(layer: Any) -> list[str]:
 
 def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:
     """Outputs of several linears; of those that are fused LoRA layers to which nobody listens the products together."""
-    layers = [module for module in modules if _half(x_NI) and _is_fused_alone(module)]
+    layers = [module for module in modules if computes_in_half(x_NI) and _is_fused_alone(module)]
     if not layers:
         return [module(x_NI) for module in modules]
-    added = {module: _added(module, _active(module)[0], *_base(module, x_NI)) for module in layers}
+    added = {module: _added(module, _active(module)[0], *output_of(module.base_layer, x_NI)) for module in layers}
     others = {module: module(x_NI) for module in modules if module not in added}
     sums = dict(zip(layers, add_low_rank(x_NI, *added.values()), strict=True))
     return [sums[module] if module in sums else others[module] for module in modules]
@@ -82,32 +81,7 @@ def _is_fused_alone(module: Any) -> bool:
     """Whether `fused_linear` gave it its `forward`, one adapter is active, and no hook wants its input or output."""
     if getattr(module.__dict__.get("forward"), "func", None) is not _forward or len(_active(module)) != 1:
         return False
-    return _unwatched(module)
-
-
-def _unwatched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks)
-
-
-def _base(layer: Any, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The linear's output; and its weight if it is a frozen `nn.Linear`, whose output then has no graph."""
-    base = layer.base_layer
-    if type(base) is not nn.Linear or "forward" in base.__dict__:
-        return base(x_NI), None
-    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if trains or base.weight.dtype != _product_dtype(x_NI):
-        return base(x_NI), None
-    with torch.no_grad():
-        return base(x_NI), base.weight
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return computes_in(x.device.type, x.dtype)
-
-
-def _half(x: Tensor) -> bool:
-    return _product_dtype(x) in HALF
+    return unwatched(module)
 
 
 def _added(layer: Any, name: str, y_NO: Tensor, weight_OI: Tensor | None) -> Added:
@@ -117,11 +91,11 @@ def _added(layer: Any, name: str, y_NO: Tensor, weight_OI: Tensor | None) -> Add
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # Arguments are `adapter_names` and what variants take. With gradients only rows of tokens: in-place autograd on a
     # view copies it.
-    if args or kwargs or not _half(x) or (torch.is_grad_enabled() and x.dim() != 2):
+    if args or kwargs or not computes_in_half(x) or (torch.is_grad_enabled() and x.dim() != 2):
         return type(layer).forward(layer, x, *args, **kwargs)
     x_NI = x if x.dim() == 2 else x.flatten(0, -2)
     first, *others = _active(layer)
-    (y_NO,) = add_low_rank(x_NI, _added(layer, first, *_base(layer, x_NI)))
+    (y_NO,) = add_low_rank(x_NI, _added(layer, first, *output_of(layer.base_layer, x_NI)))
     for name in others:
         (y_NO,) = add_low_rank(x_NI, _added(layer, name, y_NO, None))
     return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], y_NO.shape[-1])
