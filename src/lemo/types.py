@@ -5,7 +5,9 @@ Shapes: B batch, T tokens in a sequence. A *row* is an index into the flattened 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +28,7 @@ class SequenceLayout:
         block_size: tokens per block.
         host: the same with its tensors on the CPU, so that a plan costs one transfer from the device; None where
             they are there already.
+        made: what selections derived from it, once for all layers.
     """
 
     shape: tuple[int, int]
@@ -38,6 +41,7 @@ class SequenceLayout:
     edge_block: Tensor
     block_size: int
     host: SequenceLayout | None = None
+    made: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def on_host(self) -> SequenceLayout:
@@ -49,12 +53,12 @@ class SequenceLayout:
         """B·T."""
         return self.shape[0] * self.shape[1]
 
-    @property
+    @functools.cached_property
     def real_tokens(self) -> int:
         """Rows that belong to a document."""
         return sum(end - first for first, end in self.documents)
 
-    @property
+    @functools.cached_property
     def blocks_per_document(self) -> tuple[int, ...]:
         return tuple(-(-(end - first) // self.block_size) for first, end in self.documents)
 
@@ -70,17 +74,22 @@ class TokenPlan:
 
     Attributes:
         rows: int64 [kept], sorted rows.
-        host_rows: the same on the CPU.
         cu_seqlens: kept tokens of each document, cumulated, from 0; length documents + 1.
         keep: kept tokens / real tokens.
         fidelity: share of the squared gradient norm the kept blocks hold (mean over documents); None in `forward`.
+        known_rows: `host_rows` where the plan was made of them.
     """
 
     rows: Tensor
-    host_rows: Tensor
     cu_seqlens: tuple[int, ...]
     keep: float
     fidelity: float | None = None
+    known_rows: Tensor | None = None
+
+    @functools.cached_property
+    def host_rows(self) -> Tensor:
+        """`rows` on the CPU; waits for the device where a selection was made there."""
+        return self.rows.cpu() if self.known_rows is None else self.known_rows
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import lemo
 pytest.importorskip("triton")
 from lemo.kernels import movement
 from lemo.kernels.attention import attention_backward, attention_forward
+from lemo.kernels.rotary import rotate
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +49,24 @@ def test_kernels_reach_the_last_of_over_2_31_elements(device: torch.device) -> N
         torch.testing.assert_close(found, right, rtol=0, atol=0)
     assert not dk[:, :-seen].any()
     assert not dv[:, :-seen].any()
+
+
+def test_a_rotation_reaches_gradients_whose_heads_lie_over_2_31_numbers_apart(device: torch.device) -> None:
+    needs(16)
+    H, d, last = 32, 128, 8
+    N = 2**31 // ((H - 1) * d) + last
+    generator = torch.Generator(device).manual_seed(0)
+    grad = torch.empty(H, N, d, device=device, dtype=torch.bfloat16)
+    grad[:, :-last] = float("nan")  # whoever reads another row than the last ones shows it
+    grad[:, -last:] = torch.randn(H, last, d, generator=generator, device=device)
+    cos, sin = torch.randn(2, N, d, generator=generator, device=device, dtype=torch.bfloat16)
+    rows = torch.arange(N, device=device)
+    by_row = grad.transpose(0, 1)
+    found = rotate(by_row, by_row[:, :1], cos, sin, rows, transposed=True)
+    near = by_row[-last:]
+    wanted = rotate(near, near[:, :1], cos, sin, rows[-last:], transposed=True)
+    for mine, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine[-last:], right, rtol=0, atol=0)
 
 
 def test_movement_reaches_the_last_of_over_2_31_numbers(device: torch.device) -> None:

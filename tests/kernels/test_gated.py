@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_attention import DEVICE, DTYPES, poisoned
 from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lemo.kernels import reference
+from lemo.models import mlps
+from lemo.models.fused import fused
 from lemo.sparse import gated as functions
 
 pytest.importorskip("triton")
@@ -67,3 +73,45 @@ def test_a_frozen_gate_gets_no_gradient():
     functions.gated(gate, up, F.silu, silu=True).sum().backward()
     assert gate.grad is None
     torch.testing.assert_close(up.grad, F.silu(gate))
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_frozen_linears_pass_their_inputs_gradient_on(silu):
+    x, of_gate, of_up = (torch.randn(*shape, dtype=torch.float64, device=DEVICE) for shape in ((6, 5), (9, 5), (9, 5)))
+    x.requires_grad_()
+    activation = F.silu if silu else F.gelu
+    wanted = activation(x @ of_gate.T) * (x @ of_up.T)
+    outputs = [(x @ weight.T).detach() for weight in (of_gate, of_up)]
+    found = functions.gated_of_frozen(x, *outputs, (of_gate, of_up), activation, silu=silu)
+    torch.testing.assert_close(found, wanted)
+    right, mine = (torch.autograd.grad(y.square().sum(), x)[0] for y in (wanted, found))
+    torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("case", ["frozen", "one trains", "watched", "fp32", "batch"])
+def test_only_frozen_linears_of_rows_in_half_precision_go_without_a_graph(case, monkeypatch):
+    torch.manual_seed(0)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=24)).to(DEVICE).requires_grad_(False)
+    mlp.up_proj.weight.requires_grad_(case == "one trains")
+    exact, low = copy.deepcopy(mlp), mlp if case == "fp32" else mlp.to(torch.bfloat16)
+    exact.load_state_dict(low.state_dict())
+    x = torch.randn(*([2, 150] if case == "batch" else [300]), 32, device=DEVICE).to(low.up_proj.weight.dtype)
+    calls, seen = [], []
+    of_frozen = mlps.gated_of_frozen
+    monkeypatch.setattr(mlps, "gated_of_frozen", lambda *a, **k: calls.append(1) or of_frozen(*a, **k))
+    if case == "watched":
+        low.gate_proj.register_forward_hook(lambda *_: seen.append(1))
+
+    def gradients(module, x):
+        leaf = x.detach().clone().requires_grad_()
+        out = module(leaf)
+        inputs = [leaf, *(p for p in module.parameters() if p.requires_grad)]
+        return [out.detach().double(), *(g.double() for g in torch.autograd.grad(out.float().square().sum(), inputs))]
+
+    right, own = gradients(exact, x.float()), gradients(low, x)
+    seen.clear()
+    with fused((), (), [low]):
+        found = gradients(low, x)
+    assert (len(calls), len(seen)) == (case == "frozen", case == "watched")
+    for mine, theirs, wanted in zip(found, own, right, strict=True):
+        assert (mine - wanted).norm() <= 1.05 * (theirs - wanted).norm() + 1e-12

@@ -94,13 +94,13 @@ def test_a_predictors_scores_are_those_of_its_torch_path(
     monkeypatch.setenv("LEMO_KERNELS", "torch")
     with torch.no_grad():
         wanted = predicted_scores(predictor, hidden, norm, weights, layout, causal)
-    parts = predictor.outputs_by_kernel(hidden, weights, layout).split(layout.blocks_per_document)
-    found = torch.cat([predictor.scores(part, causal) for part in parts])
+    outputs = predictor.outputs_by_kernel(hidden, weights, layout)
+    found = predictor.scores(outputs, layout.blocks_per_document, causal)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     # A norm that trains: the matrices follow.
     weights.weight.mul_(1.5)
     with torch.no_grad():
         wanted = predicted_scores(predictor, hidden, norm, weights, layout, causal)
-    parts = predictor.outputs_by_kernel(hidden, weights, layout).split(layout.blocks_per_document)
-    found = torch.cat([predictor.scores(part, causal) for part in parts])
+    outputs = predictor.outputs_by_kernel(hidden, weights, layout)
+    found = predictor.scores(outputs, layout.blocks_per_document, causal)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

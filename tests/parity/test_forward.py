@@ -70,6 +70,20 @@ def test_keep(family: str, name: str, keep: str, device: torch.device) -> None:
             assert (want < everything) == (share < 1.0)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["plain", "left", "packed"])
+def test_keep_asks_for_no_rows_on_the_host(family: str, name: str, device: torch.device) -> None:
+    """They would be a wait for the device in every layer."""
+    _, sparse = pair(family, device, config(mode="forward", keep=0.5))
+    step(sparse, make_batch(name, device))
+    runtime = get_runtime(sparse)
+    assert runtime is not None
+    assert len(runtime.last_plans) == 6
+    for plan in runtime.last_plans.values():
+        assert plan.known_rows is None
+        assert "host_rows" not in vars(plan)
+
+
 def middle_thresholds(dense: nn.Module, batch: Batch, branch: str, score: str) -> tuple[float, ...]:
     """Per layer a number that about half of the dense model's block scores exceed, far from any of them."""
     with torch.no_grad():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lemo.selection.elastic import LEAST_WIDTH, ZeroCounts, prune
-from lemo.selection.predictor import KINDS, Blocks
+from lemo.selection.predictor import KINDS
+from lemo.selection.predictor_blocks import Blocks
 from lemo.selection.predictor_stack import Active, PredictorStack
 
 LAYERS, D, SIZE, TOKENS = 2, 10, 8, 44

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lemo.models import lora
 from lemo.models.fused import fused as fused_modules
-from lemo.sparse.low_rank import add_low_rank
+from lemo.sparse.low_rank import Added, add_low_rank
 
 
 class Two(nn.Module):
@@ -51,8 +51,8 @@ def run(model: Any, x: Tensor, fused: bool, dtype: torch.dtype | None) -> list[T
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     calls = []
 
-    def noted(*arguments: Any) -> Tensor:
-        calls.append(tuple(arguments[1].shape))
+    def noted(*arguments: Any) -> tuple[Tensor, ...]:
+        calls.append(tuple(arguments[0].shape))
         return add_low_rank(*arguments)
 
     monkeypatch.setattr(lora, "add_low_rank", noted)
@@ -81,10 +81,69 @@ def test_no_further_from_fp32_than_pefts_own(bias: bool, monkeypatch: pytest.Mon
 def test_exact_in_fp64() -> None:
     y, x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (5, 6), (3, 6), (7, 3)))
     wanted = torch.autograd.grad((y * 1 + 0.5 * (x @ a.T) @ b.T).square().sum(), (y, x, a, b))
-    found = torch.autograd.grad(add_low_rank(y * 1, x, a, b, 0.5).square().sum(), (y, x, a, b))
+    found = torch.autograd.grad(add_low_rank(x, Added(y * 1, a, b, 0.5))[0].square().sum(), (y, x, a, b))
     for left, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    torch.autograd.gradcheck(lambda *t: add_low_rank(t[0] * 1, *t[1:], 0.5), (y, x, a, b))
+    torch.autograd.gradcheck(lambda y, x, a, b: add_low_rank(x, Added(y * 1, a, b, 0.5)), (y, x, a, b))
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("a",), ("b",), ("x", "a", "b")])
+def test_linears_of_one_input_are_exact_in_fp64(frozen: tuple[str, ...]) -> None:
+    """Of different widths, ranks and scales; of the last the linear's own gradient is made too."""
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad="x" not in frozen)
+    sizes = ((7, 3, 0.5), (4, 2, 2.0), (9, 5, 1.0))
+
+    def drawn(rows: int, columns: int, name: str) -> Tensor:
+        return torch.randn(rows, columns, dtype=torch.float64, requires_grad=name not in frozen)
+
+    parts = [(drawn(5, o, "y"), drawn(r, 6, "a"), drawn(o, r, "b"), s) for o, r, s in sizes]
+    leaves = [t for t in (x, *(t for part in parts for t in part[:3])) if t.requires_grad]
+    weight = torch.randn(9, 6, dtype=torch.float64)
+    wanted = [y + s * (x @ a.T) @ b.T for y, a, b, s in parts]
+    wanted[-1] = wanted[-1] - parts[-1][0] + x @ weight.T
+    added = [Added(y * 1, a, b, s) for y, a, b, s in parts[:-1]]
+    added.append(Added((x @ weight.T).detach(), *parts[-1][1:], weight))
+    leaves = [t for t in leaves if t is not parts[-1][0]]
+    found = add_low_rank(x, *added)
+    right, mine = (torch.autograd.grad(sum(t.square().sum() for t in ts), leaves) for ts in (wanted, found))
+    for left, other in zip((*found, *mine), (*wanted, *right), strict=True):
+        torch.testing.assert_close(left, other, rtol=1e-12, atol=1e-12)
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.plain = nn.Linear(24, 40), nn.Linear(24, 16, bias=False), nn.Linear(24, 8)
+
+
+def test_linears_of_one_input_go_together_unless_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    options = LoraConfig(r=4, lora_alpha=10, target_modules=["up", "down"], init_lora_weights=False)
+    model: Any = get_peft_model(Three(), options).base_model.model
+    modules, x = [model.up, model.plain, model.down], torch.randn(2000, 24)
+    sizes: list[int] = []
+    monkeypatch.setattr(lora, "add_low_rank", lambda x, *added: sizes.append(len(added)) or add_low_rank(x, *added))
+
+    def run(dtype: torch.dtype | None) -> list[Tensor]:
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with (
+            torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+            fused_modules(modules, ()),
+        ):
+            out = lora.linears_of_one_input(modules, leaf)
+        sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in out).backward()
+        return [*out, leaf.grad, *[p.grad.clone() for p in model.parameters() if p.grad is not None]]
+
+    exact, together = run(None), run(torch.bfloat16)
+    assert sizes == [2]
+    seen: list[int] = []
+    with model.up.register_forward_hook(lambda *_: seen.append(1)):
+        apart = run(torch.bfloat16)
+    assert (sizes, seen) == ([2, 1, 1], [1])
+    for right, low, found in zip(exact, apart, together, strict=True):
+        assert (found.shape, found.dtype) == (low.shape, low.dtype)
+        assert 0 < (found - right).norm() <= 1.05 * (low - right).norm()
 
 
 def test_half_precision_weights_without_autocast_and_batches_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,3 +227,30 @@ def test_layers_are_left_as_they_were() -> None:
         model(torch.randn(3, 5))
     assert model.up.__dict__["forward"] is theirs
     assert "forward" not in model.down.__dict__
+
+
+@pytest.mark.parametrize("case", ["frozen", "trained", "trained bias", "watched", "replaced"])
+def test_a_linear_that_trains_or_is_watched_keeps_its_graph(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 all through: gradients of x, adapter and linear are PEFT's but for rounding."""
+    model, x = adapted().to(torch.bfloat16), torch.randn(500, 24).to(torch.bfloat16)
+    base, seen = model.up.base_layer, []
+    base.weight.requires_grad_(case == "trained")
+    base.bias.requires_grad_(case == "trained bias")
+    if case == "watched":
+        base.register_full_backward_hook(lambda *_: seen.append(1))
+    if case == "replaced":
+        base.forward = base.forward
+    wanted = run(model, x, False, None)
+    seen.clear()
+    weights: list[Any] = []
+    monkeypatch.setattr(lora, "add_low_rank", lambda x, one: weights.append(one.weight) or add_low_rank(x, one))
+    found = run(model, x, True, None)
+    up, down = base.weight, model.down.base_layer.weight
+    # Of a watched linear nothing is fused.
+    wanted_weights = {"frozen": [up, down], "watched": [down]}.get(case, [None, down])
+    assert len(weights) == len(wanted_weights)
+    assert all(one is other for one, other in zip(weights, wanted_weights, strict=True))
+    assert len(seen) == (case == "watched")
+    assert len(found) == len(wanted)
+    for left, right in zip(found, wanted, strict=True):
+        assert (left - right).norm() <= 2e-2 * right.norm()

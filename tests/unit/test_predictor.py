@@ -12,7 +12,8 @@ from torch import Tensor
 from lemo.config import PredictorConfig
 from lemo.models.calibration import widths_of
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Blocks, Predictor, predicted_scores
+from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Predictor, predicted_scores
+from lemo.selection.predictor_blocks import Blocks
 from lemo.selection.predictor_stack import PredictorStack
 from lemo.selection.predictor_training import GIB, Example, PredictorTraining, recall
 from lemo.selection.scores import attention_informativeness, mlp_informativeness
@@ -170,12 +171,16 @@ def test_activities_are_means_of_tokens() -> None:
     torch.testing.assert_close(found, mlp_informativeness(by_token, layout, causal=False))
 
 
-def test_a_batch_is_its_documents() -> None:
-    predictor, x = attention(), torch.randn(60, D)
-    positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
-    layout = build_layout(1, 60, SIZE, torch.device("cpu"), position_ids=positions)
-    parts = [predictor.informativeness(x[a:b], Blocks(b - a, SIZE), False) for a, b in ((0, 25), (25, 60))]
-    torch.testing.assert_close(predicted_scores(predictor, x, same, None, layout, False), torch.cat(parts))
+@pytest.mark.parametrize("lengths", [(25, 35), (16, 16), (3, 40, 8, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("branch", KINDS)
+def test_a_batch_is_its_documents(branch: str, causal: bool, lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    predictor, x = measured(KINDS[branch](D, (6, 5, 4))), torch.randn(sum(lengths), D)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    layout = build_layout(1, sum(lengths), SIZE, torch.device("cpu"), position_ids=positions)
+    parts = [predictor.informativeness(x[a:b], Blocks(b - a, SIZE), causal) for a, b in layout.documents]
+    torch.testing.assert_close(predicted_scores(predictor, x, same, None, layout, causal), torch.cat(parts))
 
 
 def test_autocast_changes_no_score() -> None:

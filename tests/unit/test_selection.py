@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -213,3 +214,34 @@ def test_placed_blocks_are_the_labelled_ones_and_others_by_density():
     assert placed(0.5, [0.0, 1.0]) == [4, 5, 6, 7, 12, 13, 14, 15]
     assert placed(0.5, [1.0, 3.0]) == [0, 4, 5, 7, 8, 12, 13, 14]
     assert placed(0.75, [0.0, 1.0]) == [0, 2, 4, 5, 6, 7, 8, 10, 12, 13, 14, 15]
+
+
+def ranked_by_the_book(score, layout, keep):
+    """Blocks kept of each document: edges first, then by score, ties in order, what isn't a number last."""
+    kept = []
+    for first, count, cap in zip(
+        layout.first_block.tolist(), layout.blocks_per_document, block_cap(layout, keep), strict=True
+    ):
+        found = score[first : first + count].tolist()
+        inner = sorted((math.isnan(x), 0 if math.isnan(x) else -x, i) for i, x in enumerate(found[1:-1], 1))
+        edges = sorted({0, count - 1})
+        kept += sorted(first + i for i in edges + [i for *_, i in inner[: max(0, cap - len(edges))]])
+    return kept
+
+
+@pytest.mark.parametrize("lengths", [[40], [37], [3, 29, 4, 1, 13], [16, 16], [8, 21]])
+@pytest.mark.parametrize("keep", [0.1, 0.4, 0.5, 0.99])
+def test_the_highest_blocks_of_every_document(lengths, keep):
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    layout = build_layout(1, sum(lengths), 4, CPU, position_ids=positions)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        score = torch.randint(4, (len(layout.block_tokens),), generator=generator).float()  # many ties
+        score[torch.rand(score.shape, generator=generator) < 0.2] = random.choice([torch.inf, -torch.inf, torch.nan])
+        plan = select_by_score(score, layout, BranchSelection(keep=keep), layer=0)
+        blocks = ranked_by_the_book(score, layout, keep)
+        rows = [row for row, block in enumerate(layout.block_of_row.tolist()) if block in blocks]
+        assert plan.rows.tolist() == plan.host_rows.tolist() == rows
+        ends = [sum(row < end for row in rows) for _, end in layout.documents]
+        assert plan.cu_seqlens == (0, *ends)
+        assert plan.keep == len(rows) / sum(lengths)

@@ -24,7 +24,8 @@ from lemo.models.calibration import BRANCHES, Key
 from lemo.models.runtime import flag
 from lemo.models.watching import BranchCall, watch
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import AttentionPredictor, Blocks
+from lemo.selection.predictor import AttentionPredictor
+from lemo.selection.predictor_blocks import Blocks
 from lemo.selection.predictor_training import recall
 from lemo.selection.scores import attention_informativeness, from_predecessor
 from lemo.training.storage import write_text

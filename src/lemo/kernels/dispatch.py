@@ -122,6 +122,30 @@ def gated_backend(gate: Tensor, up: Tensor) -> str:
     return "torch" if reason else "triton"
 
 
+def rotary_backend(q: Tensor, k: Tensor, cos: Tensor, reason: str | None) -> str:
+    """`triton` or `torch` for the rotation of queries and keys; logged once for every reason.
+
+    Args:
+        q, k: before the rotation, [..., d].
+        cos: of the rotation, [..., d].
+        reason: what else speaks against the kernel, None for nothing.
+    """
+    reason = _reason_against_any(q) or reason or _reason_against_rotation(q, k, cos)
+    _note("rotation of queries and keys", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
+def _reason_against_rotation(q: Tensor, k: Tensor, cos: Tensor) -> str | None:
+    if q.dtype not in HALF or k.dtype != q.dtype:
+        # In fp32 numbers stay bitwise the unmodified model's.
+        return f"the kernel takes one dtype of fp16 and bf16, not {q.dtype} and {k.dtype}"
+    if cos.dtype != q.dtype:
+        return f"cos and sin are {cos.dtype}, which widens queries of {q.dtype}"
+    if q.shape[-1] % 2 or q.shape[-1] > LARGEST_HEAD or cos.shape[-1] != q.shape[-1]:
+        return f"the kernel rotates whole heads of at most {LARGEST_HEAD}, not {cos.shape[-1]} of {q.shape[-1]} numbers"
+    return None
+
+
 def loss_backend(x: Tensor, plain: bool) -> str:
     """`triton` or `torch` for the loss of a head's rows; logged once for every reason.
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.tiles import tiles_of
+
 _BLOCK = 4096
 
 
@@ -42,7 +44,7 @@ def _launch(kernel, count: int, *tensors: Tensor) -> None:
     if count:
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(tensors[0]):
-            kernel[(triton.cdiv(count, _BLOCK),)](*tensors, count, BLOCK=_BLOCK, num_warps=8)
+            kernel[(tiles_of(count, _BLOCK),)](*tensors, count, BLOCK=_BLOCK, num_warps=8)
 
 
 @triton.jit

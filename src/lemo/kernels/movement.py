@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.tiles import power_of_2, tiles_of
+
 # Numbers of a tile: 8 KiB of bf16, so that each thread of four warps has 64 bytes on their way.
 _TILE = 4096
 # Programs that share the sums of a trained norm's gradients: two for each multiprocessor of an H100.
@@ -110,10 +112,10 @@ def add_norm_gradient_(
     sums = None
     each = 1
     if parameters:
-        tiles = max(1, triton.cdiv(N, _rows(D)))
+        tiles = max(1, tiles_of(N, _rows(D)))
         # A power of two, so that few kernels are compiled.
-        each = triton.next_power_of_2(triton.cdiv(tiles, _SUMMING))
-        sums = torch.zeros(2, triton.cdiv(tiles, each), D, device=x_ND.device, dtype=torch.float32)
+        each = power_of_2(tiles_of(tiles, _SUMMING))
+        sums = torch.zeros(2, tiles_of(tiles, each), D, device=x_ND.device, dtype=torch.float32)
     _launch(
         _add_norm_gradient, N, D, grad_TD, rows_N, grad_y_ND, x_ND, weight_D, sums,
         grad_TD.stride(0) if grad_TD is not None else 0, grad_y_ND.stride(0),
@@ -128,18 +130,18 @@ def add_norm_gradient_(
 
 def _rows(D: int) -> int:
     """Rows of a tile."""
-    return max(1, _TILE // triton.next_power_of_2(D))
+    return max(1, _TILE // power_of_2(D))
 
 
 def _launch(kernel, N: int, D: int, *arguments, each: int = 1, **constants) -> None:
     """Runs a kernel over all tiles of N rows, `each` of them a program."""
     if N == 0:
         return
-    BD = triton.next_power_of_2(D)
+    BD = power_of_2(D)
     # Triton launches on the current device, whatever the tensors' is.
     device = next(x for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device_of(device):
-        kernel[(triton.cdiv(N, _rows(D) * each),)](
+        kernel[(tiles_of(N, _rows(D) * each),)](
             *arguments, N, D=D, BD=BD, R=_rows(D), num_warps=min(16, max(4, BD // 1024)), **constants
         )
 

@@ -179,6 +179,21 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def rotate(
+    q_NHd: Tensor, k_NKd: Tensor, cos_Td: Tensor, sin_Td: Tensor, rows_N: Tensor, *, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`x * cos + (-second half, first half) * sin` of both, or the transpose of that map, in fp32 or wider."""
+    cos, sin = (_wide(x[rows_N])[:, None] for x in (cos_Td, sin_Td))
+
+    def turned(x: Tensor) -> Tensor:
+        wide = _wide(x)
+        first, second = (wide * sin if transposed else wide).chunk(2, -1)
+        half = torch.cat((second, -first) if transposed else (-second, first), -1)
+        return (wide * cos + (half if transposed else half * sin)).to(x.dtype)
+
+    return turned(q_NHd), turned(k_NKd)
+
+
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, in fp32 or wider."""
     gate_wide = _wide(gate)

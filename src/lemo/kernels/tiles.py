@@ -10,6 +10,16 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 
+def power_of_2(n: int) -> int:
+    """The least one that isn't below n, at least 1; triton's own function takes microseconds."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tiles_of(count: int, size: int) -> int:
+    """Tiles of that size that cover so many."""
+    return -(-count // size)
+
+
 @triton.jit
 def load_tile(P, rows, limit, stride_row, stride_d, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lemo.kernels.dispatch import HALF
-from lemo.sparse.low_rank import add_low_rank
-from lemo.sparse.precision import computes_in
+from lemo.models.frozen import computes_in_half, output_of, unwatched
+from lemo.sparse.low_rank import Added, add_low_rank
 
 _log = logging.getLogger("lemo")
 
@@ -41,6 +40,10 @@ def _reason_against(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__qualname__} isn't PEFT's plain LoRA linear"
     if layer.disable_adapters or layer.merged:
         return "the adapter is switched off or merged"
+    if not _active(layer):
+        return "no adapter is active"
+    if not unwatched(layer.base_layer):
+        return "hooks on the linear, which would see its output change"
     for name in _active(layer):
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if name in layer.lora_variant:
@@ -63,14 +66,36 @@ def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
+def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:
+    """Outputs of several linears; of those that are fused LoRA layers to which nobody listens the products together."""
+    layers = [module for module in modules if computes_in_half(x_NI) and _is_fused_alone(module)]
+    if not layers:
+        return [module(x_NI) for module in modules]
+    added = {module: _added(module, _active(module)[0], *output_of(module.base_layer, x_NI)) for module in layers}
+    others = {module: module(x_NI) for module in modules if module not in added}
+    sums = dict(zip(layers, add_low_rank(x_NI, *added.values()), strict=True))
+    return [sums[module] if module in sums else others[module] for module in modules]
+
+
+def _is_fused_alone(module: Any) -> bool:
+    """Whether `fused_linear` gave it its `forward`, one adapter is active, and no hook wants its input or output."""
+    if getattr(module.__dict__.get("forward"), "func", None) is not _forward or len(_active(module)) != 1:
+        return False
+    return unwatched(module)
+
+
+def _added(layer: Any, name: str, y_NO: Tensor, weight_OI: Tensor | None) -> Added:
+    return Added(y_NO, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], weight_OI)
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    half = computes_in(x.device.type, x.dtype) in HALF
     # Arguments are `adapter_names` and what variants take. With gradients only rows of tokens: in-place autograd on a
     # view copies it.
-    if args or kwargs or not half or (torch.is_grad_enabled() and x.dim() != 2):
+    if args or kwargs or not computes_in_half(x) or (torch.is_grad_enabled() and x.dim() != 2):
         return type(layer).forward(layer, x, *args, **kwargs)
-    y = layer.base_layer(x)
-    y_NO, x_NI = (y, x) if x.dim() == 2 else (y.flatten(0, -2), x.flatten(0, -2))
-    for name in _active(layer):
-        y_NO = add_low_rank(y_NO, x_NI, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    return y_NO.view(y.shape)
+    x_NI = x if x.dim() == 2 else x.flatten(0, -2)
+    first, *others = _active(layer)
+    (y_NO,) = add_low_rank(x_NI, _added(layer, first, *output_of(layer.base_layer, x_NI)))
+    for name in others:
+        (y_NO,) = add_low_rank(x_NI, _added(layer, name, y_NO, None))
+    return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], y_NO.shape[-1])

@@ -21,12 +21,14 @@ from lemo.models.fused import fused
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
+from lemo.selection.predictor import Predictor
 from lemo.sparse import backward, forward
+from lemo.sparse.bypass import Bypass
 from lemo.sparse.parts import part
 from lemo.sparse.precision import computes_in
 from lemo.sparse.view import Rotary
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+HeldT = TypeVar("HeldT", Predictor, Bypass)
 RUNTIME = "_lemo_runtime"
 VIEW = "_lemo_view"
 INDEX = "_lemo_index"
@@ -219,9 +221,9 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     return out
 
 
-def _here(module: ModuleT | None, hidden: Tensor) -> ModuleT | None:
+def _here(module: HeldT | None, hidden: Tensor) -> HeldT | None:
     """A layer's predictor or frozen bypass, which no submodule holds, where the layer has been moved since."""
-    if module is not None and next(module.parameters()).device != hidden.device:
+    if module is not None and module.device != hidden.device:
         module.to(hidden.device)
     return module
 

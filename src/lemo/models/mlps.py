@@ -11,10 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lemo.sparse.gated import gated, product
+from lemo.models.frozen import computes_in_half, is_frozen
+from lemo.sparse.gated import gated, gated_of_frozen, product
 from lemo.sparse.recompute import recomputed
 
 # down(act(gate(x)) * up(x)), all of one text.
@@ -35,7 +37,7 @@ def _reason_against(module: Any) -> str | None:
     kind = type(module)
     if kind.__name__ not in _KNOWN or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__module__}.{kind.__qualname__} isn't a gated MLP that is known"
-    if any(True for _ in module.act_fn.parameters()):
+    if type(module.act_fn) not in _SILU and any(True for _ in module.act_fn.parameters()):
         return f"{type(module.act_fn).__qualname__} has parameters"
     return None
 
@@ -47,8 +49,14 @@ def _note(reason: str) -> None:
 
 def _forward(mlp: Any, store_less: bool, x: Tensor) -> Tensor:
     activation, silu = mlp.act_fn, type(mlp.act_fn) in _SILU
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    wide = gated(gate, up, activation, silu=silu)
+    linears = mlp.gate_proj, mlp.up_proj
+    if x.dim() == 2 and computes_in_half(x) and all(is_frozen(linear, x) for linear in linears):
+        with torch.no_grad():
+            gate, up = (linear(x) for linear in linears)
+        wide = gated_of_frozen(x, gate, up, (linears[0].weight, linears[1].weight), activation, silu=silu)
+    else:
+        gate, up = (linear(x) for linear in linears)
+        wide = gated(gate, up, activation, silu=silu)
     again = functools.partial(product, gate.detach(), up.detach(), activation, silu=silu)
     with recomputed(wide, again if store_less else None):
         return mlp.down_proj(wide)

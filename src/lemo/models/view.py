@@ -6,7 +6,6 @@ Modules are looked up at each call, because PEFT replaces linears after a model 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch.nn import functional as F
 
 from lemo.models.architectures import Architecture
 from lemo.models.fused import fused
+from lemo.models.lora import linears_of_one_input
 from lemo.models.norms import norm_weights
+from lemo.models.rotary import rotated, rotation_of
 from lemo.sparse.view import Rotary
 from lemo.types import NormWeights
 
@@ -121,30 +122,42 @@ class ArchitectureView:
         return norm_weights(self._part(self.row.mlp_norm))
 
     def _heads(self, projected: Tensor, norm: str | None) -> Tensor:
+        """[N, heads, d]"""
         attention = self._attention
         heads = projected.view(projected.shape[0], -1, attention.head_dim)
-        return (heads if norm is None else getattr(attention, norm)(heads)).transpose(0, 1)
+        return heads if norm is None else getattr(attention, norm)(heads)
 
-    def _rotate(self, heads_HNd: Tensor, rotary: Rotary) -> Tensor:
+    def _query_heads(self, projected: Tensor) -> Tensor:
+        if self.row.scale_query:
+            projected = projected * self._attention.scaling
+        return self._heads(projected, self.row.query_norm)
+
+    def _rotate(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
+        heads_HNd = heads_NHd.transpose(0, 1)
         if rotary is None:
             return heads_HNd
         cos, sin = rotary
-        # transformers rotates a pair; the model's own function keeps its variant of RoPE.
-        rotate = import_module(type(self._attention).__module__).apply_rotary_pos_emb
-        return rotate(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
+        # transformers rotates a pair.
+        return rotation_of(self._attention)(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
-        attention = self._attention
-        projected = getattr(attention, self.row.query)(normed_ND)
-        if self.row.scale_query:
-            projected = projected * attention.scaling
-        return self._rotate(self._heads(projected, self.row.query_norm), rotary)
+        return self._rotate(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)
 
     def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         attention = self._attention
         key = self._heads(getattr(attention, self.row.key)(normed_ND), self.row.key_norm)
         value = self._heads(getattr(attention, self.row.value)(normed_ND), None)
-        return self._rotate(key, rotary), value
+        return self._rotate(key, rotary), value.transpose(0, 1)
+
+    def query_key_value(self, normed_ND: Tensor, rotary: Rotary, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, row = self._attention, self.row
+        linears = [getattr(attention, name) for name in (row.query, row.key, row.value)]
+        q, k, v = linears_of_one_input(linears, normed_ND)
+        query, key = self._query_heads(q), self._heads(k, row.key_norm)
+        value = self._heads(v, None).transpose(0, 1)
+        if rotary is None:
+            return query.transpose(0, 1), key.transpose(0, 1), value
+        return *rotated(rotation_of(attention), query, key, *rotary, rows_N), value
 
     def attention_output(self, context_NHd: Tensor) -> Tensor:
         out = getattr(self._attention, self.row.output)(context_NHd)
@@ -171,6 +184,11 @@ class ArchitectureView:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a dropout inside is in effect; torch's own walk makes names, too slow for every layer in every step."""
-    if isinstance(module, nn.Dropout) and module.training and module.p > 0.0:
-        return True
-    return any(_drops(child) for child in module._modules.values() if child is not None)
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            if isinstance(one, nn.Dropout) and one.training and one.p > 0.0:
+                return True
+            waiting.extend(one._modules.values())
+    return False

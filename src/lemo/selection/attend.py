@@ -134,11 +134,13 @@ def build_grid_of_kept(
         layout, attend, heads, window, labelled: as above, of all rows.
         plan: keeps whole blocks of `attend.block` tokens, but for documents' last.
     """
-    rows = plan.host_rows.numpy()
-    lowest = np.searchsorted(rows, rows - window + 1) if _cuts(window, layout) else None
+    lowest = None
+    if _cuts(window, layout):
+        rows = plan.host_rows.numpy()
+        lowest = np.searchsorted(rows, rows - window + 1)
     documents = [(begin, end) for begin, end in pairwise(plan.cu_seqlens) if begin < end]
     marked = None if labelled is None else labelled[plan.host_rows]
-    return _build(documents, len(rows), layout.block_of_row.device, attend, heads, lowest, marked)
+    return _build(documents, plan.cu_seqlens[-1], layout.block_of_row.device, attend, heads, lowest, marked)
 
 
 def _cuts(window: int | None, layout: SequenceLayout) -> TypeGuard[int]:

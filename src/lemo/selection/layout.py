@@ -70,7 +70,7 @@ def build_layout(
     if device.type == "cpu":
         return host
     tensors = ("block_of_row", "document_of_block", "block_tokens", "first_row_of_block", "first_block", "edge_block")
-    return replace(host, host=host, **{name: getattr(host, name).to(device) for name in tensors})
+    return replace(host, host=host, **{name: getattr(host, name).to(device, non_blocking=True) for name in tensors})
 
 
 def causal_bounds(layout: SequenceLayout, rows: Tensor, window: int | None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,15 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import prediction_backend
+from lemo.selection.predictor_blocks import PLACES, Blocks, places_of_batch, side_by_side
 from lemo.selection.scores import causal_view, from_predecessor
 from lemo.types import NormWeights, SequenceLayout
 
 if TYPE_CHECKING:
     from lemo.kernels.prediction import FirstLook
 
-# Distances in blocks over which scores change: a block's place is told at each.
-_PERIODS = (8, 32, 128, 512)
-PLACES = 3 + 2 * len(_PERIODS)
 LAYERS = 3
 
 
@@ -67,59 +64,6 @@ class LowRankNetwork(nn.Module):
         return first.shape[0], second.shape[0], third.shape[0]
 
 
-class Blocks:
-    """Blocks of one document of `tokens` rows.
-
-    Args:
-        tokens: its length.
-        size: tokens per block.
-    """
-
-    def __init__(self, tokens: int, size: int) -> None:
-        self.size = size
-        self.whole = tokens // size
-        self.count = -(-tokens // size)
-
-    def mean(self, rows_Nr: Tensor) -> Tensor:
-        """Over each block's rows, fp32 or wider, [..., n, r] of [..., N, r]."""
-        whole, rest = self._parts(rows_Nr)
-        wide = torch.promote_types(rows_Nr.dtype, torch.float32)
-        mean = whole.mean(-2, dtype=wide)
-        return mean if rest is None else torch.cat([mean, rest.mean(-2, keepdim=True, dtype=wide)], -2)
-
-    def pool(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, maximum) over each block's rows, fp32 or wider, [..., n, r] each."""
-        whole, rest = self._parts(rows_Nr)
-        mean, largest = self.mean(rows_Nr), whole.amax(-2)
-        if rest is not None:
-            largest = torch.cat([largest, rest.amax(-2, keepdim=True)], -2)
-        return mean, largest.to(mean.dtype)
-
-    def _parts(self, rows_Nr: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The whole blocks' rows [..., whole, size, r], and those of the last if it is short."""
-        end = self.whole * self.size
-        whole = rows_Nr[..., :end, :].unflatten(-2, (self.whole, self.size))
-        return whole, rows_Nr[..., end:, :] if self.whole < self.count else None
-
-    def places(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Where each block lies, [n, PLACES]; nothing of it depends on later blocks."""
-        return _places(self.count, device, dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _places(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    index = torch.arange(count, device=device, dtype=torch.float32)
-    angles = [2 * math.pi * index / period for period in _PERIODS]
-    columns = [torch.ones_like(index), torch.log1p(index) / 4, 1 / (1 + index)]
-    columns += [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
-    return torch.stack(columns, 1).to(dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _places_of_batch(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.cat([_places(count, device, torch.float32) for count in counts])
-
-
 @dataclass(frozen=True)
 class _Stacked:
     """All networks of a predictor as one, in one dtype: an input goes through three products, however many there are.
@@ -142,24 +86,27 @@ class Predictor(nn.Module):
     Attributes:
         center, spread: mean and standard deviation of each input on the sample, [D].
         scale: mean of the exact scores on the sample.
+        pooled: whether the networks' second layers see blocks, or tokens.
     """
 
+    pooled: bool
     center: Tensor
     spread: Tensor
     scale: Tensor
 
-    def __init__(self, networks: dict[str, LowRankNetwork], width: int) -> None:
+    def __init__(self, names: Sequence[str], width: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(networks)
+        self.networks = nn.ModuleDict({name: LowRankNetwork(width, widths, self.pooled) for name in names})
         self.register_buffer("center", torch.zeros(width))
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
         self._stacked: _Stacked | None = None
         self._first_look: tuple[Any, FirstLook] | None = None
+        self._numbers: int | None = None
 
     def forget(self) -> None:
         """Drops what was made from the matrices, which have changed."""
-        self._stacked = self._first_look = None
+        self._stacked = self._first_look = self._numbers = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -198,7 +145,7 @@ class Predictor(nn.Module):
         if not self.pooled:
             return mean_activity(hidden_ND, look, stacked.second, stacked.third[:, 0], *where)[:, None]
         pooled = pooled_look(hidden_ND, look, *where)
-        places = _places_of_batch(layout.blocks_per_document, hidden_ND.device)
+        places = places_of_batch(layout.blocks_per_document, hidden_ND.device)
         return self._later(torch.cat([pooled, places], 1), stacked)
 
     def _first_matrices(self) -> Tensor:
@@ -207,7 +154,8 @@ class Predictor(nn.Module):
 
     @staticmethod
     def _later(seen: Tensor, stacked: _Stacked) -> Tensor:
-        return torch.relu(torch.relu(seen @ stacked.second) @ stacked.third)
+        # Products the other way round, so that `scores` finds its rows in memory.
+        return torch.relu(stacked.third.T @ torch.relu(stacked.second.T @ seen.T)).T
 
     @torch.no_grad()
     def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
@@ -249,14 +197,21 @@ class Predictor(nn.Module):
         return self._stacked
 
     @property
-    def pooled(self) -> bool:
-        """Whether the networks' second layers see blocks, or tokens."""
-        return all(network.pooled for network in self.by_name.values())
+    def numbers(self) -> int:
+        """What the first matrices make of a token."""
+        if self._numbers is None:
+            self._numbers = sum(network.widths[0] for network in self.by_name.values())
+        return self._numbers
 
     @property
     def by_name(self) -> dict[str, LowRankNetwork]:
         """Its networks."""
         return {name: cast(LowRankNetwork, network) for name, network in self.networks.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its matrices lie."""
+        return self.center.device
 
     @property
     def size(self) -> int:
@@ -265,10 +220,27 @@ class Predictor(nn.Module):
 
     def informativeness(self, x_ND: Tensor, blocks: Blocks, causal: bool) -> Tensor:
         """One document's block scores, fp32 [n], as `lemo.selection.scores` computes them from exact ones."""
-        return self.scores(self.outputs(x_ND, blocks), causal)
+        return self.scores(self.outputs(x_ND, blocks), (blocks.count,), causal)
 
-    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
-        """One document's block scores, [n], from the networks' outputs."""
+    def scores(self, outputs: Tensor, counts: tuple[int, ...], causal: bool) -> Tensor:
+        """A batch's block scores, [blocks], from the networks' outputs.
+
+        Args:
+            outputs: [blocks, outputs].
+            counts: blocks of each document.
+            causal: the score that looks at earlier blocks only.
+        """
+        # torch adds up along rows ten times as fast as along columns.
+        by_row = outputs.T.contiguous()
+        side = side_by_side(counts, outputs.device)
+        if len(counts) == 1:
+            return self._scores(by_row[:, None], side.counts, causal)[0]
+        # A block of zeros where there is none.
+        score = self._scores(F.pad(by_row, (0, 1))[:, side.blocks], side.counts, causal)
+        return score.flatten()[side.there]
+
+    def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
+        """The same of documents side by side: [documents, n] from [outputs, documents, n]."""
         raise NotImplementedError
 
 
@@ -280,21 +252,22 @@ class AttentionPredictor(Predictor):
         widths: of both networks.
     """
 
+    pooled = True
+
     def __init__(self, width: int, widths: Sequence[int]) -> None:
-        super().__init__({name: LowRankNetwork(width, widths, pooled=True) for name in ("query", "key")}, width)
+        super().__init__(("query", "key"), width, widths)
 
     def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
         return (query @ key.T).tril()
 
-    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
-        # torch adds up along rows ten times as fast as along columns.
-        query, key = outputs_no.T.contiguous().chunk(2, 0)
+    def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
+        query, key = outputs.chunk(2, 0)
         if not causal:
-            later = query.flip(1).cumsum(1).flip(1)
-            return torch.linalg.vecdot(later, key, dim=0) / len(outputs_no)
-        return causal_view(torch.linalg.vecdot(query, key.cumsum(1), dim=0))
+            later = query.flip(2).cumsum(2).flip(2)
+            return torch.linalg.vecdot(later, key, dim=0) / counts
+        return causal_view(torch.linalg.vecdot(query, key.cumsum(2), dim=0))
 
 
 class ActivityPredictor(Predictor):
@@ -305,12 +278,13 @@ class ActivityPredictor(Predictor):
         widths: of the network; the last becomes 1.
     """
 
-    def __init__(self, width: int, widths: Sequence[int]) -> None:
-        super().__init__({"activity": LowRankNetwork(width, (*widths[:-1], 1), pooled=False)}, width)
+    pooled = False
 
-    def scores(self, outputs_no: Tensor, causal: bool) -> Tensor:
-        score = outputs_no[:, 0]
-        return from_predecessor(score) if causal else score
+    def __init__(self, width: int, widths: Sequence[int]) -> None:
+        super().__init__(("activity",), width, (*widths[:-1], 1))
+
+    def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
+        return from_predecessor(outputs[0]) if causal else outputs[0]
 
 
 KINDS: dict[str, type[AttentionPredictor] | type[ActivityPredictor]] = {
@@ -337,17 +311,13 @@ def predicted_scores(
         layout: documents and blocks.
         causal: the score that looks at earlier blocks only.
     """
-    numbers = sum(network.widths[0] for network in predictor.by_name.values())
-    backend = prediction_backend(hidden_ND, layout.block_size, numbers, weights is not None)
+    backend = prediction_backend(hidden_ND, layout.block_size, predictor.numbers, weights is not None)
     # Thresholds were chosen for scores computed so.
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if backend == "triton" and weights is not None:
-            parts = predictor.outputs_by_kernel(hidden_ND, weights, layout).split(layout.blocks_per_document)
-            return torch.cat([predictor.scores(part, causal) for part in parts])
-        normed = norm(hidden_ND)
-        return torch.cat(
-            [
-                predictor.informativeness(normed[first:end], Blocks(end - first, layout.block_size), causal)
-                for first, end in layout.documents
-            ]
-        )
+            outputs = predictor.outputs_by_kernel(hidden_ND, weights, layout)
+        else:
+            normed, size = norm(hidden_ND), layout.block_size
+            documents = layout.documents
+            outputs = torch.cat([predictor.outputs(normed[a:b], Blocks(b - a, size)) for a, b in documents])
+        return predictor.scores(outputs, layout.blocks_per_document, causal)

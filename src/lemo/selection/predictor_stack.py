@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lemo.selection.predictor import PLACES, AttentionPredictor, Blocks, Predictor
+from lemo.selection.predictor import AttentionPredictor, Predictor
+from lemo.selection.predictor_blocks import PLACES, Blocks
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from lemo.config import PredictorConfig
 from lemo.selection.elastic import ZeroCounts, prune
-from lemo.selection.predictor import Blocks, Predictor
+from lemo.selection.predictor import Predictor
+from lemo.selection.predictor_blocks import Blocks
 from lemo.selection.predictor_stack import PredictorStack, mean_score
 
 GIB = 2**30

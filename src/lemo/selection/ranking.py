@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -63,17 +62,12 @@ def plan_from_blocks(kept: Tensor, layout: SequenceLayout, fidelity: float | Non
     cu_seqlens = tuple(np.append(0, ends)[before].tolist())
     # Staged at once from pageable memory, so nothing waits.
     rows = host_rows.to(layout.block_tokens.device, non_blocking=True)
-    return TokenPlan(rows, host_rows, cu_seqlens, keep=total / layout.real_tokens, fidelity=fidelity)
-
-
-# Of layouts in use: layers that leave nothing out share one plan.
-_of_everything: weakref.WeakKeyDictionary[SequenceLayout, TokenPlan] = weakref.WeakKeyDictionary()
+    return TokenPlan(rows, cu_seqlens, total / layout.real_tokens, fidelity, known_rows=host_rows)
 
 
 def plan_of_everything(layout: SequenceLayout, fidelity: float | None = None) -> TokenPlan:
     """The plan that keeps all blocks; made once for a layout."""
-    plan = _of_everything.get(layout)
-    if plan is None:
-        plan = plan_from_blocks(torch.ones(layout.block_tokens.numel(), dtype=torch.bool), layout)
-        _of_everything[layout] = plan
-    return replace(plan, fidelity=fidelity)
+    if "everything" not in layout.made:
+        everything = torch.ones(layout.block_tokens.numel(), dtype=torch.bool)
+        layout.made["everything"] = plan_from_blocks(everything, layout)
+    return replace(layout.made["everything"], fidelity=fidelity)

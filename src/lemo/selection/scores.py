@@ -8,13 +8,13 @@ the equations' pair scores there is the softmax mass that a block's queries give
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lemo.config import BranchSelection
 from lemo.kernels.dispatch import scores_backend
-from lemo.selection.ranking import block_cap, plan_from_blocks
+from lemo.selection.ranking import plan_from_blocks
+from lemo.selection.top import plan_of_top
 from lemo.types import SequenceLayout, TokenPlan
 
 _SCORES_AT_ONCE = 2**26
@@ -87,14 +87,14 @@ def causal_view(row_sums: Tensor) -> Tensor:
     """Each block gets its predecessor's mean over the blocks that it sees, 0 for the first.
 
     Args:
-        row_sums: of each query block, its pair scores summed, [blocks].
+        row_sums: of each query block, its pair scores summed, [..., blocks].
     """
-    return from_predecessor(row_sums / torch.arange(1, row_sums.numel() + 1, device=row_sums.device))
+    return from_predecessor(row_sums / torch.arange(1, row_sums.shape[-1] + 1, device=row_sums.device))
 
 
 def from_predecessor(score: Tensor) -> Tensor:
-    """A document's scores moved on by a block, so that each is decided by earlier blocks; 0 for the first, [blocks]."""
-    return torch.cat([score.new_zeros(1), score[:-1]])
+    """A document's scores moved on by a block, so that earlier blocks decide each; 0 for the first, [..., blocks]."""
+    return torch.nn.functional.pad(score[..., :-1], (1, 0))
 
 
 def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
@@ -120,19 +120,12 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
         selection: keep or threshold, one number or one a layer.
         layer: index of the layer.
     """
-    # NumPy on the host, as for plans: one transfer, and no launches that the next ones would wait for.
-    host = layout.on_host
-    found, edge = score.cpu().numpy(), host.edge_block.numpy()
-    if selection.threshold is not None:
-        kept = found >= _at(selection.threshold, layer)
-    else:
+    if selection.threshold is None:
         assert selection.keep is not None
-        document = host.document_of_block.numpy()
-        order = np.lexsort((-found, ~edge, document))
-        rank = np.arange(len(order)) - host.first_block.numpy()[document[order]]
-        kept = np.zeros_like(edge)
-        kept[order] = rank < np.array(block_cap(layout, _at(selection.keep, layer)))[document[order]]
-    return plan_from_blocks(torch.from_numpy(kept | edge), layout)
+        return plan_of_top(score, layout, _at(selection.keep, layer))
+    # NumPy on the host, as for plans: one transfer, and no launches that the next ones would wait for.
+    kept = score.cpu().numpy() >= _at(selection.threshold, layer)
+    return plan_from_blocks(torch.from_numpy(kept | layout.on_host.edge_block.numpy()), layout)
 
 
 def keeps_everything(selection: BranchSelection, layer: int) -> bool:

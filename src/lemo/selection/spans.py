@@ -53,5 +53,7 @@ def draw_spans(layout: SequenceLayout, segments: Segments, generator: random.Ran
         cu_seqlens.append(cu_seqlens[-1] + sum(stop - start for start, stop in ranges[-1]))
     host_rows = weight.nonzero().flatten()
     device = layout.block_of_row.device
-    plan = TokenPlan(host_rows.to(device), host_rows, tuple(cu_seqlens), keep=len(host_rows) / layout.real_tokens)
+    plan = TokenPlan(
+        host_rows.to(device), tuple(cu_seqlens), keep=len(host_rows) / layout.real_tokens, known_rows=host_rows
+    )
     return DrawnSpans(plan, tuple(ranges), weight.to(device), tuple(sorted(weights)))

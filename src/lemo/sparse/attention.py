@@ -79,9 +79,9 @@ def attend_rows(
                 q_HNd[:, n0:n1],
                 k_KMd[:, m0:m1],
                 v_KMd[:, m0:m1],
-                _Positions(queries.rows[n0:n1] - first, queries.host_rows[n0:n1] - first),
-                None if keys is None else _Positions(keys.rows[m0:m1] - first, keys.host_rows[m0:m1] - first),
-                first,
+                _Positions(queries, slice(n0, n1), first),
+                None if keys is None else _Positions(keys, slice(m0, m1), first),
+                (first, end),
                 layout.shape[1],
                 dropout,
                 site,
@@ -143,10 +143,21 @@ class _RowAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Positions:
-    """Positions in a document, ascending, int64: on the device, and on the CPU."""
+    """Positions of a plan's rows in one document, ascending, int64; made only if asked for."""
 
-    here: Tensor
-    host: Tensor
+    plan: TokenPlan
+    part: slice
+    first: int
+
+    @property
+    def here(self) -> Tensor:
+        """On the device."""
+        return self.plan.rows[self.part] - self.first
+
+    @property
+    def host(self) -> Tensor:
+        """On the CPU."""
+        return self.plan.host_rows[self.part] - self.first
 
 
 def _attend_document(
@@ -156,7 +167,7 @@ def _attend_document(
     v_KMd: Tensor,
     query: _Positions,
     key: _Positions | None,
-    first_row: int,
+    document: tuple[int, int],
     length: int,
     dropout: RowDropout | None,
     site: int | None,
@@ -166,8 +177,8 @@ def _attend_document(
     M = k_KMd.shape[1]
     groups = H // k_KMd.shape[0]
     window = view.window
-    span = M if key is None else int(key.host[-1]) + 1
-    if N == M and site is None and (window is None or window >= span):
+    first, end = document
+    if N == M and site is None and (window is None or window >= end - first):
         # Queries and keys are the same rows in the same order: plain causal attention, the backend's fast path.
         return F.scaled_dot_product_attention(
             q_HNd[None], k_KMd[None], v_KMd[None], is_causal=True, scale=view.scaling, enable_gqa=groups > 1
@@ -180,9 +191,10 @@ def _attend_document(
     last = query.host[[min(end, N) - 1 for end in range(step, N + step, step)]]
     reach = (last + 1 if key is None else torch.searchsorted(key.host, last, right=True)).tolist()
     key_position = torch.arange(M, device=q_HNd.device) if key is None else key.here
+    query_position = query.here
     chunks = []
     for start, seen in zip(range(0, N, step), reach, strict=True):
-        queries = query.here[start : start + step, None]
+        queries = query_position[start : start + step, None]
         keys = key_position[None, :seen]
         mask = keys <= queries
         if window is not None:
@@ -194,7 +206,7 @@ def _attend_document(
             )[0]
         else:
             # The hash's row of head 0: sequence b, query t -> b·H·T + t; keys count within the sequence.
-            row = first_row + queries[:, 0]
+            row = first + queries[:, 0]
             head_rows = (row // length) * H * length + row % length
             out = attention_with_dropout(
                 q,
@@ -207,7 +219,7 @@ def _attend_document(
                 head_rows,
                 length,
                 view.attention_dropout,
-                first_row % length,
+                first % length,
             )
         chunks.append(out)
     return torch.cat(chunks, dim=1)

@@ -29,6 +29,11 @@ class Bypass(nn.Module):
         super().__init__()
         self.a, self.b, self.bias = (nn.Parameter(t, requires_grad=False) for t in (a, b, bias))
 
+    @property
+    def device(self) -> torch.device:
+        """Where its matrices lie."""
+        return self.a.device
+
     def forward(self, x_ND: Tensor) -> Tensor:
         """The map of a branch's input at some rows, [N, D]."""
         a, b, bias = (t.to(x_ND.dtype) for t in (self.a, self.b, self.bias))

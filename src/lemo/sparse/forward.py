@@ -179,12 +179,10 @@ def _read(stream_BTD: Tensor, rows: Tensor, name: Branch, call: ForwardCall) -> 
 
 def _attend(normed_ND: Tensor, again: Again, call: ForwardCall, plan: TokenPlan, dropout: RowDropout | None) -> Tensor:
     """The attention branch of the kept rows among themselves, [kept, D]."""
-    view, rotary, rows = call.view, call.rotary, plan.rows
-    kept_rotary = None if rotary is None else (rotary[0][rows], rotary[1][rows])
+    view, rows = call.view, plan.rows
     with on_rows(dropout, rows):
         with recomputed(normed_ND, again):
-            q = view.query(normed_ND, kept_rotary)
-            k, v = view.key_value(normed_ND, kept_rotary)
+            q, k, v = view.query_key_value(normed_ND, call.rotary, rows)
         if call.attend_kept is None:
             context = attend_rows(view, q, k, v, plan, plan, call.layout, dropout)
         else:

@@ -75,6 +75,15 @@ class LayerView(Protocol):
     def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Positioned keys and values, each [K, N, d]."""
 
+    def query_key_value(self, normed_ND: Tensor, rotary: Rotary, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All three of the same rows.
+
+        Args:
+            normed_ND: the branch's input at these rows.
+            rotary: of all rows, unlike the others'.
+            rows_N: int64, which they are.
+        """
+
     def attention_output(self, context_NHd: Tensor) -> Tensor:
         """Output projection (and hidden dropout) of [N, H·d]: the attention branch's output [N, D]."""
 
