@@ -141,6 +141,12 @@ def test_any_head_size_and_grouping(heads: str, d: int, monkeypatch: pytest.Monk
     check(monkeypatch, "packed", "random", "scattered", heads, d, DTYPES[-1])
 
 
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("heads", HEADS)
+def test_all_rows_of_any_grouping(heads: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, "packed", "one window block", "all", heads, block=block)
+
+
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, "one", "one window block", "all", dtype=DTYPES[-1], d=64, block=block)
