@@ -45,14 +45,15 @@ def candidates(kernel: str, block: int) -> list[Launch]:
         # Numbers a thread holds: scores and their gradients, and what a kernel adds up.
         scores = lanes * keys * (1 if kernel == "forward" else 2)
         sums = 2 * keys * D if kernel == "keys" else lanes * D
-        if keys > block or scores + sums > 220 * 32 * warps or (kernel != "keys" and lanes == 32):
+        if keys > block or scores + sums > 220 * 32 * warps:
             continue
         # A warp group's tile has 64 lines: of keys, or where they are turned of queries.
         if kernel == "keys" and (warps == 4 or keys == 128):
             found.append(Launch(lanes, keys, warps, stages))
         if kernel == "keys" and lanes >= 16 * warps:
             found.append(Launch(lanes, keys, warps, stages, by_queries=True))
-        if kernel != "keys" and lanes >= 16 * warps:
+        # With fewer warps registers spill by hundreds of bytes.
+        if kernel != "keys" and lanes == 16 * warps:
             found.append(Launch(lanes, keys, warps, stages))
     return found
 
