@@ -1,7 +1,7 @@
 """Block-sparse attention of Llama-3-8B's heads: forward, backward and the choice of blocks, beside torch's attention.
 
 `python -m benchmarks.record_attend TOKENS FILE.jsonl`, on a GPU; bf16. With `sweep` in the file's place it tries other
-launches at density 0.15 and prints their times, to set those of `lemo.kernels.block_sparse` by.
+launches of each kernel at density 0.15, to set those of `lemo.kernels.launches` by: `benchmarks.sweep_attend`.
 
 Rates are per computed work: of a causal attention's operations (two products forward, five backward) the share that
 the lists hold. `kept rows` are every eighth token's queries, over the same lists.
@@ -9,25 +9,23 @@ the lists hold. `kept rows` are every eighth token's queries, over the same list
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.runtime.errors import OutOfResources
 
 from lemo.bench import records
 from lemo.bench.cost import TERA
 from lemo.bench.ops import op_row
 from lemo.bench.records import Record
 from lemo.config import Attend
-from lemo.kernels import block_sparse
-from lemo.kernels.block_sparse import Launch, Queries, block_sparse_backward, block_sparse_forward
+from lemo.kernels.block_sparse import Queries, block_sparse_backward, block_sparse_forward
+from lemo.kernels.launches import launches_for
 from lemo.selection.attend import AttendGrid, build_grid, choose_blocks
 from lemo.selection.layout import build_layout
 from lemo.types import SequenceLayout
@@ -37,7 +35,6 @@ SCALE = D**-0.5
 DENSITIES = (0.15, 0.25, 1.0)
 KEPT_EVERY = 8
 PRODUCTS = {"forward": 2, "backward": 5}
-LAUNCHES = ("FORWARD", "QUERIES", "KEYS")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,6 @@ def measured(name: str, kind: str, work: float | None, T: int, run: Callable[[],
     row.density = work
     if work is not None:
         row.details["tflop_per_s"] = work * PRODUCTS[kind] * T * (T + 1) * H * D / (row.step_ms / 1000) / TERA
-    row.details["launch"] = {launch: vars(getattr(block_sparse, launch)) for launch in LAUNCHES}
     return row
 
 
@@ -95,7 +91,10 @@ def block_sparse_rows(T: int, density: float, block: int) -> list[Record]:
     for name, host_rows in (("all rows", None), ("kept rows", torch.arange(0, T, KEPT_EVERY))):
         work = s.attend.pairs(host_rows) / s.attend.causal_pairs
         for kind, run in zip(PRODUCTS, s.attention(host_rows), strict=True):
-            rows.append(measured(f"{s.name}, {name}:", kind, work, T, run))
+            row = measured(f"{s.name}, {name}:", kind, work, T, run)
+            assert row.details is not None
+            row.details["launches"] = asdict(launches_for(2 * D, block, s.q.device))
+            rows.append(row)
     return rows
 
 
@@ -117,28 +116,6 @@ def dense_rows(T: int, backend: SDPBackend, name: str) -> list[Record]:
     return [forward, measured(f"{name}:", "backward", 1.0, T, backward)]
 
 
-@torch.no_grad()
-def sweep(T: int) -> None:
-    """Times of other launches, one kernel changed at a time; what a multiprocessor has no room for is left out."""
-    s = setting(T, DENSITIES[0], 64)
-    for name, host_rows in (("all rows", None), ("kept rows", torch.arange(0, T, KEPT_EVERY))):
-        forward, backward = s.attention(host_rows)
-        work = s.attend.pairs(host_rows) / s.attend.causal_pairs
-        for launch in LAUNCHES:
-            kind, run = ("forward", forward) if launch == "FORWARD" else ("backward", backward)
-            usual = getattr(block_sparse, launch)
-            for (lanes, warps), stages in itertools.product(((64, 4), (64, 8), (128, 4), (128, 8)), (2, 3, 4)):
-                setattr(block_sparse, launch, Launch(lanes, warps, stages))
-                label = f"{name}, {launch} {lanes} lanes, {warps} warps, {stages} stages:"
-                try:
-                    row = measured(label, kind, work, T, run)
-                    assert row.details is not None
-                    print(f"    {row.details['tflop_per_s']:.0f} TFLOP/s", flush=True)
-                except OutOfResources as error:
-                    print(f"{label} {error}", flush=True)
-            setattr(block_sparse, launch, usual)
-
-
 def table(rows: list[Record]) -> str:
     """Milliseconds and TFLOP/s, a line each."""
     lines = []
@@ -151,6 +128,8 @@ def table(rows: list[Record]) -> str:
 if __name__ == "__main__":
     tokens, file = int(sys.argv[1]), sys.argv[2]
     if file == "sweep":
+        from benchmarks.sweep_attend import sweep
+
         sys.exit(sweep(tokens))
     found = dense_rows(tokens, SDPBackend.FLASH_ATTENTION, "FlashAttention-2")
     found += dense_rows(tokens, SDPBackend.CUDNN_ATTENTION, "cuDNN")

@@ -9,11 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lemo
 
 pytest.importorskip("triton")
+from lemo.config import Attend
 from lemo.kernels import movement
 from lemo.kernels.attention import attention_backward, attention_forward
+from lemo.kernels.block_sparse import Queries, block_sparse_backward, block_sparse_forward
 from lemo.kernels.rotary import rotate
-
-pytestmark = pytest.mark.gpu
+from lemo.selection.attend import build_grid, choose_blocks
+from lemo.selection.layout import build_layout
 
 
 def needs(gib: int) -> None:
@@ -22,6 +24,7 @@ def needs(gib: int) -> None:
         pytest.skip(f"needs {gib} GiB of GPU memory, {free:.0f} are free")
 
 
+@pytest.mark.gpu
 def test_kernels_reach_the_last_of_over_2_31_elements(device: torch.device) -> None:
     needs(30)
     K, d, N, seen = 8, 128, 128, 256
@@ -51,6 +54,7 @@ def test_kernels_reach_the_last_of_over_2_31_elements(device: torch.device) -> N
     assert not dv[:, :-seen].any()
 
 
+@pytest.mark.gpu
 def test_a_rotation_reaches_gradients_whose_heads_lie_over_2_31_numbers_apart(device: torch.device) -> None:
     needs(16)
     H, d, last = 32, 128, 8
@@ -69,6 +73,57 @@ def test_a_rotation_reaches_gradients_whose_heads_lie_over_2_31_numbers_apart(de
         torch.testing.assert_close(mine[-last:], right, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("every", [1, 32])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(
+    ("heads", "d", "before"),
+    [((6, 2), 16, 200), pytest.param((16, 8), 128, 2**31 // (8 * 128), marks=pytest.mark.gpu)],
+    ids=["small", "past 2^31"],
+)
+def test_lists_reach_the_last_of_over_2_31_elements(
+    heads: tuple[int, int], d: int, before: int, block: int, every: int, device: torch.device
+) -> None:
+    """A document behind one of 2³¹ / (K·d) rows that are NaN: its rows of q, k, v, their gradients and the output begin
+    past 2³¹ elements (those of q past 2³²), and its results are bitwise those of the document alone."""
+    (H, K), seen = heads, 400
+    if device.type == "cuda":
+        needs(60)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    M = before + seen
+    generator = torch.Generator(device).manual_seed(0)
+
+    def behind(heads: int) -> torch.Tensor:
+        x = torch.empty(M, heads, d, device=device, dtype=dtype)
+        x[:before] = float("nan")  # whoever reads another document's rows shows it
+        x[before:] = torch.randn(seen, heads, d, generator=generator, device=device)
+        return x
+
+    q, k, v, grad = (behind(h) for h in (H, K, K, H))
+
+    def run(first: int) -> list[torch.Tensor]:
+        """(out, dq, dk, dv) of the last document's rows, with what lies before row `first` cut off."""
+        lengths = [n for n in (before - first, seen) if n]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+        layout = build_layout(1, M - first, 64, device, None, positions)
+        grid = build_grid(layout, Attend(density=None, window=block, choice="none", block=block), K, None)
+        rows = None if every == 1 else torch.arange(before - first, M - first, every)
+        mine, gradient = [x[first:].transpose(0, 1) for x in (q, k, v)], grad[first:]
+        if rows is not None:
+            mine[0], gradient = mine[0][:, rows.to(device)], gradient[rows.to(device)]
+        queries = Queries(choose_blocks(grid, mine[0], mine[1], 1.0), rows)
+        out, lse = block_sparse_forward(*mine, queries, d**-0.5)
+        dq, dk, dv = block_sparse_backward(gradient, *mine, out, lse, queries, d**-0.5)
+        n = len(range(0, seen, every))
+        return [x.clone() for x in (out[-n:], dq[:, -n:], dk[:, -seen:], dv[:, -seen:])]
+
+    far, near = run(0), run(before)
+    for found, right in zip(far, near, strict=True):
+        assert right.isfinite().all()
+        assert right.any()
+        assert torch.equal(found, right)
+
+
+@pytest.mark.gpu
 def test_movement_reaches_the_last_of_over_2_31_numbers(device: torch.device) -> None:
     needs(16)
     D, last = 4096, 64
@@ -100,6 +155,7 @@ def test_movement_reaches_the_last_of_over_2_31_numbers(device: torch.device) ->
         assert tensor[: T - last].isnan().all()
 
 
+@pytest.mark.gpu
 def test_a_step_of_more_than_2_31_hidden_numbers(device: torch.device) -> None:
     """Everything kept equals dense, and a quarter kept gives finite gradients."""
     needs(70)

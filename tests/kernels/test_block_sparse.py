@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from test_attention import DEVICE, DTYPES, HEADS, error, poisoned
 
 from lemo.config import Attend
 from lemo.kernels import reference
-from lemo.kernels.dispatch import block_sparse_backend
+from lemo.kernels.dispatch import block_sparse_backend, check_listed_block
 from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
 
@@ -141,6 +142,12 @@ def test_any_head_size_and_grouping(heads: str, d: int, monkeypatch: pytest.Monk
     check(monkeypatch, "packed", "random", "scattered", heads, d, DTYPES[-1])
 
 
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("heads", HEADS)
+def test_all_rows_of_any_grouping(heads: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, "packed", "one window block", "all", heads, block=block)
+
+
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, "one", "one window block", "all", dtype=DTYPES[-1], d=64, block=block)
@@ -157,14 +164,33 @@ def test_results_repeat_bit_by_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_what_the_kernel_cant_do_goes_to_torch() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_kernel_cant_do_is_torchs_on_a_cpu_and_an_error_on_a_gpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def backend(d: int, key_block: int, dtype: torch.dtype = torch.float16) -> str:
-        x = torch.zeros(2, 8, d, device=DEVICE, dtype=dtype)
+        # Of a tensor only this is looked at, so no GPU is needed.
+        x: Any = SimpleNamespace(
+            device=torch.device(device), shape=(2, 8, d), dtype=dtype, element_size=lambda: dtype.itemsize
+        )
         return block_sparse_backend(x, x, x, key_block)
 
-    usual = "triton" if DEVICE == "cuda" else "torch"
+    usual = "triton" if device == "cuda" else "torch"
     assert backend(128, 128) == backend(256, 64) == backend(128, 64, torch.float32) == usual
-    assert backend(256, 128) == backend(256, 64, torch.float32) == backend(64, 48) == "torch"
+    cant: list[tuple[Any, ...]] = [(256, 128), (256, 64, torch.float32), (64, 48), (64, 64, torch.float64)]
+    for arguments in cant:
+        if device == "cuda":
+            with pytest.raises(ValueError, match="plain torch on this GPU"):
+                backend(*arguments)
+            with monkeypatch.context() as context:
+                context.setenv("LEMO_KERNELS", "torch")
+                assert backend(*arguments) == "torch"
+        else:
+            assert backend(*arguments) == "torch"
+    check_listed_block(48, torch.device("cpu"))
+    check_listed_block(64, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"16, 32, 64, 128 keys, not 48. Change sparsity\.attend\.block"):
+        check_listed_block(48, torch.device("cuda"))
 
 
 def test_lists_are_obeyed() -> None:

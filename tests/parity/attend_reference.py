@@ -109,8 +109,8 @@ def reported(
     """
     runtime = get_runtime(sparse)
     assert runtime is not None
-    attend, lists = runtime.last_lists[layer]
-    grid, size = lists.grid, attend.attend.block
+    lists = runtime.last_lists[layer]
+    grid, size = lists.grid, lists.grid.key_block
     entries, K = lists.entries.tolist(), heads_of(sparse)[1]
     found: list[list[list[set[int]]]] = []
     documents = batch.documents

@@ -23,7 +23,9 @@ def config(**values: Any) -> lemo.SparsityConfig:
 def pair(family: str, device: torch.device, settings: lemo.SparsityConfig, **model: Any) -> tuple[nn.Module, nn.Module]:
     """(unmodified model, sparsified copy with the same parameters)."""
     dense = build(family, device, **model)
-    return dense, lemo.sparsify(copy.deepcopy(dense), settings)
+    sparse = lemo.sparsify(copy.deepcopy(dense), settings)
+    lemo.models.get_runtime(sparse).keep_lists = True
+    return dense, sparse
 
 
 def step(model: nn.Module, batch: Batch, **call: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch import nn
 
 import lemo
 from lemo.config import Attend, SparsityConfig
-from lemo.models import get_runtime
+from lemo.models import get_runtime, surgery
 from lemo.sparse import attend as sparse_attend
 from reference import assert_same_gradients, backward_reference, gradients, segment_loss
 from tiny import CASES, FAMILIES, Batch, build, layers_of, make_batch
@@ -29,6 +29,13 @@ ATTEND: dict[str, dict[str, Any]] = {
     "window": {"density": None, "choice": "none", "window": 4},
     "labelled": {"density": 0.3, "choice": "pooled", "labelled": "dense"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two tokens go through torch on a GPU too, which refuses them otherwise."""
+    monkeypatch.setattr(sparse_attend, "block_sparse_backend", lambda *_: "torch")
+    monkeypatch.setattr(surgery, "check_listed_block", lambda *_: None)
 
 
 def attends(which: str, **more: Any) -> Attend:
@@ -374,3 +381,34 @@ def test_each_layer_has_its_density(device: torch.device) -> None:
     assert together == pytest.approx(sum(alone) / 3)
     with pytest.raises(ValueError, match=r"attend\.density has 2 numbers and the model 3 layers"):
         lemo.sparsify(build("llama", device), config(mode="dense", attend=Attend(density=(0.5, 0.5))))
+
+
+def test_no_layers_lists_are_held_after_a_step(device: torch.device) -> None:
+    """Unless tests ask: of each layer where blocks lay is noted, without what was made of it on the device."""
+    model = lemo.sparsify(build("llama", device), config(mode="dense", attend=attends("random")))
+    step(model, make_batch("plain", device))
+    runtime = runtime_of(model)
+    assert runtime.last_lists == {}
+    assert list(runtime.last_grids) == [0, 1, 2]
+    assert all("here" not in vars(grid.grid) for grid in runtime.last_grids.values())
+    assert all("nearest_lists" not in vars(grid) for grid in runtime.last_grids.values())
+
+
+def test_layers_that_keep_everything_share_their_lists_in_forward_mode(device: torch.device) -> None:
+    settings = config(mode="forward", attention={"keep": (1.0, 0.6, 1.0)}, attend=attends("none"))
+    _, sparse = pair("llama", device, settings)
+    step(sparse, make_batch("plain", device))
+    lists = runtime_of(sparse).last_lists
+    assert lists[0] is lists[2]
+    assert lists[0] is not lists[1]
+
+
+def test_blocks_that_the_kernels_refuse_are_an_error_before_a_gpu_works(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model = build("llama", device)
+    monkeypatch.setattr(surgery, "_device_of", lambda layer: torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"not 48. Change sparsity\.attend\.block"):
+        lemo.sparsify(model, config(mode="dense", attend=Attend(block=48)))
+    assert get_runtime(model) is None

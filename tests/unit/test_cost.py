@@ -8,7 +8,7 @@ import torch
 from lemo.bench.cost import GROUPED_WORK, attended_work, causal_work, kept_work, part_flop, step_flop
 from lemo.bench.cost_memory import moved_bytes, stored_bytes
 from lemo.config import Attend
-from lemo.selection.attend import build_grid, choose_blocks
+from lemo.selection.attend import build_grid, build_grid_of_kept, choose_blocks
 from lemo.selection.layout import build_layout
 from lemo.selection.ranking import plan_from_blocks
 
@@ -53,8 +53,26 @@ def test_kept_queries_work_is_what_their_lists_hold(kept: list[int] | None) -> N
     plans = {} if kept is None else {(0, "attention"): plan_from_blocks(keep, layout)}
     seen = lists.seen(torch.arange(20), 0, 20)[0]
     share = float(seen[keep].sum()) / 210
-    assert attended_work(plans, {0: (grid, lists)}) == pytest.approx(share)
+    assert attended_work(plans, {0: grid}, 20) == pytest.approx(share)
     assert kept is not None or grid.density == pytest.approx(share)
+
+
+def test_kept_tokens_work_is_what_their_lists_hold_among_themselves() -> None:
+    """`forward` with `attend`: grids and lists count kept tokens, the share is still one of all tokens' attention."""
+    layout = build_layout(1, 24, 2, torch.device("cpu"))
+    keep = torch.zeros(12, dtype=torch.bool)
+    keep[[0, 2, 3, 5, 6, 7, 9, 11]] = True
+    plan = plan_from_blocks(keep, layout)
+    grid = build_grid_of_kept(layout, plan, Attend(block=2, density=0.5), 1, None)
+    nothing = torch.zeros(1, 16, 4)
+    seen = choose_blocks(grid, nothing, nothing, 1.0).seen(torch.arange(16), 0, 16)
+    assert seen.sum() < 136, "nothing was left out"
+    share = float(seen.sum()) / 300
+    assert attended_work({(0, "attention"): plan}, {0: grid}, 24) == pytest.approx(share)
+    everything = plan_from_blocks(torch.ones(12, dtype=torch.bool), layout)
+    whole = build_grid_of_kept(layout, everything, Attend(block=2, density=0.5), 1, None)
+    share = attended_work({(0, "attention"): everything}, {0: whole}, 24)
+    assert share == pytest.approx(whole.density)
 
 
 def test_parts_are_the_whole() -> None:

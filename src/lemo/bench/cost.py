@@ -27,7 +27,6 @@ import torch
 from lemo.bench.shapes import SHAPES
 from lemo.bench.step_config import checkpointed
 from lemo.config import PredictorConfig
-from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
 
@@ -126,14 +125,14 @@ def kept_work(plans: Iterable[TokenPlan], T: int) -> float:
     return sum(shares) / len(shares) if shares else 1.0
 
 
-def attended_work(
-    plans: Mapping[tuple[int, str], TokenPlan], lists: Mapping[int, tuple[AttendGrid, BlockLists]]
-) -> float:
-    """What kept queries see, as a share of all causal attention, mean over layers; without plans all are kept."""
+def attended_work(plans: Mapping[tuple[int, str], TokenPlan], grids: Mapping[int, AttendGrid], T: int) -> float:
+    """What kept queries see, as a share of one sequence's causal attention, mean over layers; without plans all queries
+    are kept. In `forward` mode a grid's rows are the kept tokens themselves."""
     shares = []
-    for layer, (grid, _) in lists.items():
+    for layer, grid in grids.items():
         plan = plans.get((layer, "attention"))
-        shares.append(grid.pairs(None if plan is None else plan.host_rows) / grid.causal_pairs)
+        rows = None if plan is None or len(plan.host_rows) == grid.grid.rows else plan.host_rows
+        shares.append(grid.pairs(rows) / (T * (T + 1) / 2))
     return sum(shares) / len(shares)
 
 

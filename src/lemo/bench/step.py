@@ -204,10 +204,10 @@ def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, dev
     peak = tracker.read()
     stats = StepStats((), ()) if runtime is None else runtime.collect()
     plans = {} if runtime is None else runtime.last_plans
-    if method.forward:
+    if runtime is not None and runtime.last_grids:
+        work = attended_work(plans, runtime.last_grids, place.T)
+    elif method.forward:
         work = kept_work([plan for (_, branch), plan in plans.items() if branch == "attention"], place.T)
-    elif runtime is not None and runtime.last_lists:
-        work = attended_work(plans, runtime.last_lists)
     else:
         work = causal_work(plans.values(), place.T)
     attention, mlp = zip(*stats.keep, strict=True) if stats.keep else ((1.0,), (1.0,))

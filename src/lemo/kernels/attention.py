@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.kernels.tiles import LOG2_E, load_tile, store_tile
+from lemo.kernels.tiles import LOG2_E, key_step, load_tile, query_step, softmax_step, store_tile
 
 # Of one tile. Kept rows ascend, so 64 of them lie close together and the tile's bounds are tight.
 _ROWS, _KEYS = 64, 64
@@ -133,15 +133,8 @@ def _attend_keys(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if MASKED:
             s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] <= hi[:, None]), s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # A row that has seen no key yet has no maximum.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(m - base)
-        l = l * shrink + tl.sum(p, 1)
         v = load_tile(Vh, keys, limit, svm, svd, D, BD)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        m = m_new
+        m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
     return m, l, acc
 
 
@@ -195,8 +188,7 @@ def _query_gradient(
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
         if MASKED:
             p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] <= hi[:, None]), p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        dq = query_step(p, do, delta, k, v, dq, PRECISION)
     return dq
 
 
@@ -264,9 +256,7 @@ def _key_gradient(
         if MASKED:
             _, lo, hi = _bounds(LO, HI, rows, N)
             p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] <= hi[None, :]), p, 0.0)
-        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+        dk, dv = key_step(p, q, do, delta, v, dk, dv, PRECISION)
     return dk, dv
 
 

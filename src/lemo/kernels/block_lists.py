@@ -4,9 +4,9 @@ A `BlockGrid` is the geometry, the same in every layer: where blocks lie and how
 the host, so that nothing waits for the device. `BlockLists` adds the lists, which may differ by layer and by key head.
 A list holds the first rows of its key blocks, ascending; the last of them lie in the query block itself.
 
-The kernels work in tiles of *lanes*. Lane r·G + g is query r with the g-th of the G heads that share a key head: heads
-lie side by side, so a tile is full whether a block has many queries or few. `cut_tiles` cuts any ascending queries, all
-or some; `turn_round` lists for each key block the tiles that see it, for the gradients of keys and values.
+The kernels work in tiles of queries of one block; `cut_tiles` cuts any ascending ones, all or some. For the gradients
+of keys and values `turn_round` lists for each key block the query blocks that see it, and `spread` the tiles of some
+queries in these blocks. What depends on the lists or the queries alone is made once.
 
 nq query blocks, nk key blocks over the whole batch, N queries, K key heads, or 1 where they share their lists.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
+
+# Entries of lists that are turned round at a time: some 50 bytes each until they are done.
+_AT_ONCE = 2**24
+_ALL = 2**31 - 1
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +72,8 @@ class BlockGrid:
             start=on_device(self.start, torch.int64, self.device),
             key_first=on_device(self.key_first, torch.int32, self.device),
             key_end=on_device(self.key_end, torch.int32, self.device),
+            query_first=on_device(self.query_first, torch.int32, self.device),
+            query_end=on_device(self.query_end, torch.int32, self.device),
         )
 
     @property
@@ -72,16 +81,39 @@ class BlockGrid:
         """Whether some rows lie in no block."""
         return int((self.query_end - self.query_first).sum()) < self.rows
 
+    @property
+    def longest(self) -> int:
+        """Most rows of a query block."""
+        return int((self.query_end - self.query_first).max(initial=0))
+
     @functools.cached_property
-    def _tiles_of_all(self) -> dict[tuple[int, int], RowTiles]:
+    def _tiles_of_all(self) -> dict[int, RowTiles]:
         return {}
 
-    def tiles_of_all(self, group: int, lanes: int) -> RowTiles:
-        """The tiles of all rows; made once."""
-        key = (group, lanes)
-        if key not in self._tiles_of_all:
-            self._tiles_of_all[key] = cut_tiles(self, None, group, lanes)
-        return self._tiles_of_all[key]
+    @functools.cached_property
+    def _tiles_of_some(self) -> Latest[int, RowTiles]:
+        return Latest()
+
+    def tiles(self, host_rows: Tensor | None, most: int) -> RowTiles:
+        """`cut_tiles`, once for all rows, and once for some that layers or kernels after each other share."""
+        made = self._tiles_of_all if host_rows is None else self._tiles_of_some.of(host_rows)
+        if most not in made:
+            made[most] = cut_tiles(self, host_rows, most)
+        return made[most]
+
+
+class Latest(Generic[KeyT, ValueT]):
+    """What was made for one object, until another takes its place."""
+
+    def __init__(self) -> None:
+        self._object: object = None
+        self._made: dict[KeyT, ValueT] = {}
+
+    def of(self, this: object) -> dict[KeyT, ValueT]:
+        """What was made for this very object; nothing yet if it's a new one."""
+        if this is not self._object:
+            self._object, self._made = this, {}
+        return self._made
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +125,8 @@ class GridTensors:
     start: Tensor
     key_first: Tensor
     key_end: Tensor
+    query_first: Tensor
+    query_end: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +140,22 @@ class BlockLists:
 
     grid: BlockGrid
     entries: Tensor
+
+    @functools.cached_property
+    def turned(self) -> KeyLists:
+        """`turn_round` of these lists."""
+        return turn_round(self)
+
+    @functools.cached_property
+    def _spread(self) -> Latest[None, KeyLists]:
+        return Latest()
+
+    def spread(self, tiles: RowTiles) -> KeyLists:
+        """`turned` by tiles in the query blocks' place; made once until other tiles come."""
+        made = self._spread.of(tiles)
+        if None not in made:
+            made[None] = spread(self.turned, self.grid, tiles)
+        return made[None]
 
     def seen(self, rows: Tensor, first: int, end: int) -> Tensor:
         """Which of some keys some queries see, bool [K or 1, N, end - first]: of quadratic size, for plain torch.
@@ -144,18 +194,16 @@ def _block_of(rows: Tensor, first: Integers, end: Integers) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowTiles:
-    """Queries cut into tiles of lanes, each inside one query block.
+    """Queries cut into tiles, each inside one query block.
 
     Attributes:
-        lanes: most lanes of a tile.
         per_block: tiles of each query block, on the host, [nq].
         block: query block of each tile, int32 [tiles].
-        first, end: lanes of each tile, int32 [tiles].
+        first, end: queries of each tile, int32 [tiles].
         position: each query's row, int32 [N].
         lowest: the first key that each may see, int32 [N]; None where nothing cuts.
     """
 
-    lanes: int
     per_block: Integers
     block: Tensor
     first: Tensor
@@ -164,86 +212,97 @@ class RowTiles:
     lowest: Tensor | None
 
 
-def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, group: int, lanes: int) -> RowTiles:
+def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, most: int) -> RowTiles:
     """Cuts queries into tiles.
 
     Args:
         grid: where blocks lie.
         host_rows: the queries' rows, int64 [N], ascending, on the CPU; None for all rows.
-        group: G, query heads that share a key head.
-        lanes: most lanes of a tile.
+        most: queries of a tile.
     """
     if host_rows is None:
         rows, begin, stop = np.arange(grid.rows), grid.query_first, grid.query_end
     else:
         rows = host_rows.numpy()
         begin, stop = np.searchsorted(rows, grid.query_first), np.searchsorted(rows, grid.query_end)
-    per_block = -(-(stop - begin) * group // lanes)
+    per_block = -(-(stop - begin) // most)
     block = np.repeat(np.arange(len(per_block)), per_block)
-    place = np.arange(len(block)) - np.repeat(per_block.cumsum() - per_block, per_block)
-    first = begin[block] * group + place * lanes
-    end = np.minimum(first + lanes, stop[block] * group)
+    first = begin[block] + (np.arange(len(block)) - np.repeat(per_block.cumsum() - per_block, per_block)) * most
     return RowTiles(
-        lanes=lanes,
         per_block=per_block,
         block=on_device(block, torch.int32, grid.device),
         first=on_device(first, torch.int32, grid.device),
-        end=on_device(end, torch.int32, grid.device),
+        end=on_device(np.minimum(first + most, stop[block]), torch.int32, grid.device),
         position=on_device(rows, torch.int32, grid.device),
         lowest=None if grid.lowest is None else on_device(grid.lowest[rows], torch.int32, grid.device),
     )
 
 
 @dataclass(frozen=True, eq=False)
-class KeyTiles:
-    """For each key block the tiles of queries that see it.
+class KeyLists:
+    """For each key block the query blocks, or the tiles of queries, that see it.
 
     Attributes:
-        tiles: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
+        seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
         start: int64 [K or 1, nk + 1].
-        head: how many of them, the first, need a mask, int32 [nk]; all where `BlockGrid.lowest` cuts.
-        order: key blocks, those with most tiles first, int32 [K or 1, nk].
+        own: how many of them, the first, lie in the key block's query block, int32 [nk].
+        order: key blocks, those with most first, int32 [K or 1, nk].
     """
 
-    tiles: Tensor
+    seers: Tensor
     start: Tensor
-    head: Tensor
+    own: Tensor
     order: Tensor
 
 
-def turn_round(lists: BlockLists, tiles: RowTiles) -> KeyTiles:
-    """From query blocks' lists of key blocks to key blocks' lists of tiles. Nothing waits: all sizes are known."""
+def turn_round(lists: BlockLists) -> KeyLists:
+    """From query blocks' lists of key blocks to key blocks' lists of query blocks.
+
+    Nothing waits for the device: all sizes are known. Takes 4 bytes an entry, and 50 for some heads' at a time.
+    """
     grid, device = lists.grid, lists.entries.device
-    heads, nq = grid.start.shape
-    nk = len(grid.key_first)
-    count = np.where(tiles.per_block > 0, grid.count, 0)
-    pairs, total = int(count.sum()), int((count * tiles.per_block).sum())
-    per_block = on_device(tiles.per_block, torch.int64, device)
-    # Every (query block, entry) pair, query block by query block.
-    query = torch.arange(nq, device=device).repeat_interleave(on_device(count, torch.int64, device), output_size=pairs)
-    slot = torch.arange(pairs, device=device) - on_device(count.cumsum() - count, torch.int64, device)[query]
-    key_row = lists.entries[grid.here.start[:, query] + slot]
-    # Stable: a key block's queries ascend, so the sums have one order.
-    key_row, order = key_row.sort(dim=1, stable=True)
-    query = query[order]
-    # Positions of tiles: pairs before each, times the tiles that each stands for.
-    before = torch.nn.functional.pad(per_block[query].cumsum(1), (1, 0))
-    ends = torch.cat([grid.here.key_first, grid.here.key_first.new_full((1,), 2**31 - 1)]).expand(heads, nk + 1)
-    before += total * torch.arange(heads, device=device)[:, None]
-    start = before.gather(1, torch.searchsorted(key_row, ends.contiguous()))
-    pair = torch.arange(heads * pairs, device=device)
-    pair = pair.repeat_interleave(per_block[query].flatten(), output_size=heads * total)
-    first_tile = per_block.cumsum(0) - per_block
-    place = torch.arange(heads * total, device=device) - before[:, :-1].flatten()[pair]
-    found = first_tile[query.flatten()[pair]] + place
-    length = start.diff(dim=1)
-    own = on_device(tiles.per_block[grid.query_of_key], torch.int32, device)
-    return KeyTiles(
-        tiles=found.int(),
-        start=start,
-        head=own if grid.lowest is None else torch.full_like(own, 2**31 - 1),
-        order=length.argsort(dim=1, descending=True, stable=True).int(),
-    )
+    (heads, nq), nk = grid.start.shape, len(grid.key_first)
+    pairs = int(grid.count.sum())
+    # Every (query block, slot of its list) pair, query block by query block.
+    query = torch.arange(nq, dtype=torch.int32, device=device)
+    query = query.repeat_interleave(grid.here.count, output_size=pairs)
+    before = on_device(grid.count.cumsum() - grid.count, torch.int64, device)
+    slot = torch.arange(pairs, device=device) - before[query]
+    ends = torch.cat([grid.here.key_first, grid.here.key_first.new_full((1,), _ALL)])
+    seers, start = query.new_empty(heads, pairs), slot.new_empty(heads, nk + 1)
+    step = max(1, _AT_ONCE // max(1, pairs))
+    for k in range(0, heads, step):
+        # Stable: a key block's query blocks ascend, so the sums have one order.
+        key_row, order = lists.entries[grid.here.start[k : k + step, query] + slot].sort(dim=1, stable=True)
+        seers[k : k + step] = query[order]
+        start[k : k + step] = torch.searchsorted(key_row, ends.expand(len(key_row), -1).contiguous())
+    start += pairs * torch.arange(heads, device=device)[:, None]
+    return KeyLists(seers.flatten(), start, torch.ones(nk, dtype=torch.int32, device=device), _longest_first(start))
+
+
+def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
+    """Lists of tiles in the place of lists of the query blocks that these lie in; nothing waits, a head at a time."""
+    device = turned.seers.device
+    heads, pairs = len(turned.start), int(grid.count.sum())
+    total = int((grid.count * tiles.per_block).sum())
+    per_block = on_device(tiles.per_block, torch.int32, device)
+    first = (per_block.cumsum(0) - per_block).int()
+    assert total <= _ALL, "tiles of one head are counted in int32"
+    seers, start = first.new_empty(heads, total), turned.start.clone()
+    for k, query in enumerate(turned.seers.view(heads, pairs)):
+        count = per_block[query]
+        # Tiles before each pair's, all pairs' at the end.
+        before = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+        offset = first[query] - before[:-1].int()
+        seers[k] = offset.repeat_interleave(count, output_size=total)
+        start[k] = before[turned.start[k] - k * pairs] + k * total
+    seers += torch.arange(total, dtype=torch.int32, device=device)
+    own = per_block[on_device(grid.query_of_key, torch.int64, device)]
+    return KeyLists(seers.flatten(), start, own, _longest_first(start))
+
+
+def _longest_first(start: Tensor) -> Tensor:
+    return start.diff(dim=1).argsort(dim=1, descending=True, stable=True).int()
 
 
 def on_device(values: NDArray[np.int64] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -57,22 +58,46 @@ def _reason_against(q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> str | Non
     return None
 
 
+def check_listed_block(key_block: int, device: torch.device) -> None:
+    """Raises ValueError where lists of such key blocks would go the slow way on a GPU that nobody asked for."""
+    if device.type == "cuda" and key_block not in LISTED_BLOCKS and not plain_torch():
+        _refuse_slow_lists(_listed_blocks(key_block))
+
+
+def _refuse_slow_lists(reason: str) -> NoReturn:
+    raise ValueError(
+        f"attend would go through plain torch on this GPU, which takes longer than dense attention: {reason}. Change "
+        "sparsity.attend.block (wide heads need small blocks) or leave attend out; LEMO_KERNELS=torch in the "
+        "environment takes plain torch for everything"
+    )
+
+
 def block_sparse_backend(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str:
-    """`triton` or `torch` for attention by lists of key blocks; logged once for every reason."""
+    """`triton` or `torch` for attention by lists of key blocks; logged once for every reason.
+
+    Raises:
+        ValueError: on a GPU the kernel can't do it: torch's way takes longer than dense attention.
+    """
     reason = _reason_against_lists(q, k, v, key_block)
+    if reason and q.device.type == "cuda" and not plain_torch():
+        _refuse_slow_lists(reason)
     _note("block-sparse attention", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
 
 
 def _reason_against_lists(q: Tensor, k: Tensor, v: Tensor, key_block: int) -> str | None:
     if key_block not in LISTED_BLOCKS:
-        return f"the kernel takes blocks of {', '.join(map(str, LISTED_BLOCKS))} keys, not {key_block}"
+        return _listed_blocks(key_block)
     most = min(SCORED_BYTES, LISTED_BYTES // key_block)
     if q.shape[-1] * q.element_size() > most:
         return (
             f"with blocks of {key_block} the kernel takes heads of {most} bytes a row, not {q.shape[-1]} of {q.dtype}"
         )
     return _reason_against(q, k, v, dropout=False)
+
+
+def _listed_blocks(key_block: int) -> str:
+    return f"the kernel takes blocks of {', '.join(map(str, LISTED_BLOCKS))} keys, not {key_block}"
 
 
 def scores_backend(q: Tensor, k: Tensor, block_size: int) -> str:

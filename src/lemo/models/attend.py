@@ -17,7 +17,7 @@ from torch import Tensor
 from lemo.config import Attend
 from lemo.kernels.block_lists import BlockLists
 from lemo.models.documents import stands_in
-from lemo.selection.attend import AttendGrid, build_grid_of_kept, choose_blocks
+from lemo.selection.attend import AttendGrid, choose_blocks
 from lemo.sparse.attend import attend_lists
 from lemo.sparse.parts import part
 from lemo.types import TokenPlan
@@ -58,11 +58,9 @@ class AttendCall:
 
     def attend_kept(self, q_HNd: Tensor, k_KNd: Tensor, v_KNd: Tensor, scale: float, plan: TokenPlan) -> Tensor:
         """Attention among a plan's rows, [N, H, d]."""
-        state = self.state
         if self.lists is None:
             with part("selection"):
-                heads = k_KNd.shape[0]
-                self.grid = build_grid_of_kept(state.layout, plan, self.asked, heads, self.window, state.targets)
+                self.grid = self.state.grid_of_kept(self.asked, plan, k_KNd.shape[0], self.window)
                 self.lists = choose_blocks(self.grid, q_HNd, k_KNd, scale, self.draw)
         return attend_lists(q_HNd, k_KNd, v_KNd, self.lists, None, scale)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lemo.config import Attend, SparsityConfig
 from lemo.kernels.block_lists import BlockLists
-from lemo.selection.attend import AttendGrid, build_grid
+from lemo.selection.attend import AttendGrid, build_grid, build_grid_of_kept
 from lemo.selection.energy import block_energy, select_by_energy
 from lemo.selection.layout import causal_bounds
 from lemo.selection.predictor import Predictor
@@ -40,6 +40,7 @@ class BatchState:
         attend: what queries see; None: everything.
         targets: bool [B·T] on the CPU, rows that enter the loss; None where nothing asks for them.
         grids: (window, density) -> where the lists' blocks lie.
+        grids_of_all: the same where `forward` mode keeps everything.
     """
 
     layout: SequenceLayout
@@ -52,6 +53,7 @@ class BatchState:
     attend: Attend | None = None
     targets: Tensor | None = None
     grids: dict[Hashable, AttendGrid] = field(default_factory=dict)
+    grids_of_all: dict[Hashable, AttendGrid] = field(default_factory=dict)
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
         """Where blocks lie for layers with that density and sliding window; made once for all of them."""
@@ -59,6 +61,16 @@ class BatchState:
         if key not in self.grids:
             self.grids[key] = build_grid(self.layout, attend, heads, window, self.targets)
         return self.grids[key]
+
+    def grid_of_kept(self, attend: Attend, plan: TokenPlan, heads: int, window: int | None) -> AttendGrid:
+        """Where blocks lie among what a plan keeps; made once for the layers that keep everything."""
+        key = window, attend.density
+        if plan.keep == 1.0 and key in self.grids_of_all:
+            return self.grids_of_all[key]
+        grid = build_grid_of_kept(self.layout, plan, attend, heads, window, self.targets)
+        if plan.keep == 1.0:
+            self.grids_of_all[key] = grid
+        return grid
 
     def bounds_of(self, window: int | None) -> tuple[Tensor, Tensor]:
         """First and last key of every row under that sliding window, int32 [B·T] each; made once for all layers."""
@@ -77,7 +89,8 @@ class Runtime:
         config: what `sparsify` was given.
         layers: number of decoder layers.
         last_plans: (layer, 'attention' | 'mlp') -> plan of the last step.
-        last_lists: layer -> what queries saw in the last pass (`attend`).
+        last_grids: layer -> where blocks lay in the last pass (`attend`).
+        last_lists: layer -> what queries saw in it, if `keep_lists`: many bytes, which tests alone look at.
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
@@ -88,7 +101,9 @@ class Runtime:
     config: SparsityConfig
     layers: int
     last_plans: dict[tuple[int, str], TokenPlan] = field(default_factory=dict)
-    last_lists: dict[int, tuple[AttendGrid, BlockLists]] = field(default_factory=dict)
+    last_grids: dict[int, AttendGrid] = field(default_factory=dict)
+    last_lists: dict[int, BlockLists] = field(default_factory=dict)
+    keep_lists: bool = False
     last_spans: tuple[tuple[tuple[int, int], ...], ...] = ()
     bypasses: dict[tuple[int, str], Bypass] = field(default_factory=dict)
     predictors: dict[tuple[int, str], Predictor] = field(default_factory=dict)
@@ -206,7 +221,9 @@ class Runtime:
 
     def record_lists(self, layer: int, grid: AttendGrid, lists: BlockLists) -> None:
         """Notes what a layer's queries saw."""
-        self.last_lists[layer] = grid, lists
+        self.last_grids[layer] = grid.bare()
+        if self.keep_lists:
+            self.last_lists[layer] = lists
         self._densities.append(grid.density)
 
     def draw_seed(self) -> int:

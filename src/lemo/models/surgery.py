@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo.config import Attend, BranchSelection, SparsityConfig
+from lemo.kernels.dispatch import check_listed_block
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.attend import refuse_dropout
 from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
@@ -47,7 +48,8 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     Raises:
         ValueError: unsupported architecture (lists the supported ones), not a CausalLM, already sparsified, or
             per-layer settings whose length isn't the number of layers, or a calibration that is damaged or
-            another model's, or attention dropout with `attend`, or `mode: auto`.
+            another model's, or attention dropout with `attend`, or on a GPU blocks that its kernels don't take, or
+            `mode: auto`.
     """
     if config.mode == "auto":
         raise ValueError("mode auto needs the data, which `lemo finetune` has; name a mode here (docs/quality.md)")
@@ -69,6 +71,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
         _check_per_layer(name, getattr(config, name), len(layers))
     if config.attend is not None:
         refuse_dropout(getattr(causal_lm.config, "attention_dropout", 0.0))
+        check_listed_block(config.attend.block, _device_of(layers[0]))
     runtime = Runtime(config, len(layers))
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)

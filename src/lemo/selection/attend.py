@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeGuard
 
@@ -93,13 +93,19 @@ class AttendGrid:
 
     @functools.cached_property
     def nearest_lists(self) -> BlockLists:
-        """Everything chosen as near as possible, a wider window; the same for all heads."""
+        """The document's first block, or where it can't be seen the next one, before a window; for all heads."""
 
-        def position(choosers: Choosers, part: slice, blocks: int) -> Tensor:
-            score = torch.arange(blocks, dtype=torch.float32, device=self.grid.device)
-            return score.expand(1, len(choosers.block[part]), blocks)
+        def nearest(choosers: Choosers) -> Tensor:
+            assert choosers.chosen == 1, "the others are the window"
+            next_one = choosers.block * QUERY_BLOCKS - choosers.nearest - 1
+            seen = np.where(choosers.lowest > 0, next_one, 0)
+            return on_device(seen, torch.int64, self.grid.device)[None, :, None]
 
-        return _lists(self, 1, position)
+        return _lists(self, nearest)
+
+    def bare(self) -> AttendGrid:
+        """The same without what was made of it on the device."""
+        return replace(self, grid=replace(self.grid))
 
 
 def build_grid(
@@ -258,7 +264,7 @@ def choose_blocks(
             def drawn(choosers: Choosers, part: slice, blocks: int) -> Tensor:
                 return torch.rand(K, len(choosers.block[part]), blocks, generator=generator, device=device)
 
-            return _lists(attend, K, drawn)
+            return _lists(attend, functools.partial(_highest, attend, K, drawn))
         pools: dict[int, tuple[Tensor, Tensor]] = {}
 
         def pooled(choosers: Choosers, part: slice, blocks: int) -> Tensor:
@@ -269,7 +275,7 @@ def choose_blocks(
                 pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
             return _pooled_mass(*pools[choosers.first], choosers, part, scale)
 
-        return _lists(attend, q_HNd.shape[0], pooled)
+        return _lists(attend, functools.partial(_highest, attend, q_HNd.shape[0], pooled))
 
 
 def pool(x_HTd: Tensor, size: int) -> Tensor:
@@ -294,31 +300,42 @@ def _pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, choosers: Choosers, part: slice, 
     return logits.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)
 
 
-def _lists(attend: AttendGrid, at_once: int, score: Callable[[Choosers, slice, int], Tensor]) -> BlockLists:
-    """Lists of the blocks with the highest scores.
+def _lists(attend: AttendGrid, choose: Callable[[Choosers], Tensor]) -> BlockLists:
+    """Lists of chosen blocks and the window.
+
+    Args:
+        attend: where blocks lie.
+        choose: one document's choosers -> their chosen key blocks, ascending, int64 [K or 1, n, chosen].
+    """
+    size, grid = attend.attend.block, attend.grid
+    stored = []
+    for choosers in attend.choosers:
+        found, block = choose(choosers), on_device(choosers.block, torch.int64, grid.device)
+        window = torch.arange(-choosers.nearest, QUERY_BLOCKS, device=grid.device)
+        near = (block[:, None] * QUERY_BLOCKS + window).expand(len(found), len(block), -1)
+        stored.append((choosers.first + size * torch.cat([found, near], 2)).int().flatten())
+    return BlockLists(grid, torch.cat([*stored, grid.here.key_first]))
+
+
+def _highest(
+    attend: AttendGrid, at_once: int, score: Callable[[Choosers, slice, int], Tensor], choosers: Choosers
+) -> Tensor:
+    """The blocks with the highest scores, as `_lists` wants them.
 
     Args:
         attend: where blocks lie.
         at_once: heads that have scores at the same time.
         score: (choosers, part of them, nk) -> scores, [K or 1, n, nk].
+        choosers: who chooses.
     """
-    size, grid = attend.attend.block, attend.grid
-    stored = []
-    for choosers in attend.choosers:
-        nk = -(-(choosers.end - choosers.first) // size)
-        n = len(choosers.block)
-        step = max(1, _SCORES_AT_ONCE // (nk * at_once))
-        parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
-        found = torch.cat([_highest(score(choosers, part, nk), choosers, part) for part in parts], 1)
-        block = on_device(choosers.block, torch.int64, grid.device)
-        window = torch.arange(-choosers.nearest, QUERY_BLOCKS, device=grid.device)
-        near = (block[:, None] * QUERY_BLOCKS + window).expand(len(found), n, -1)
-        stored.append((choosers.first + size * torch.cat([found, near], 2)).int().flatten())
-    return BlockLists(grid, torch.cat([*stored, grid.here.key_first]))
+    nk, n = -(-(choosers.end - choosers.first) // attend.attend.block), len(choosers.block)
+    step = max(1, _SCORES_AT_ONCE // (nk * at_once))
+    parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    return torch.cat([_highest_of(score(choosers, part, nk), choosers, part) for part in parts], 1)
 
 
-def _highest(score: Tensor, choosers: Choosers, part: slice) -> Tensor:
-    """The chosen key blocks, ascending, int64 [K or 1, n, chosen]: the first where it may be seen, then the highest."""
+def _highest_of(score: Tensor, choosers: Choosers, part: slice) -> Tensor:
+    """The first where it may be seen, then the highest."""
     block, lowest = (on_device(x[part], torch.int64, score.device) for x in (choosers.block, choosers.lowest))
     keys = torch.arange(score.shape[-1], device=score.device)
     distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)

@@ -1,0 +1,278 @@
+"""The Triton kernels of block-sparse attention, which `lemo.kernels.block_sparse` explains and starts.
+
+A tile has `BM` lanes. Lane i is head i % HEADS of row i // HEADS: of all rows, one head's lie side by side; where few
+of a block are kept, the heads that share a key head fill the tile. Where lanes lie from a tile's first is the same for
+all tiles, so that a loop adds one number: addresses by lane were two thirds of its instructions.
+
+H query heads, K key/value heads, GROUP = H/K; D head size, BD that of tiles; a tile has BN keys, PARTS of them a key
+block; CUT: a sliding window cuts, and every tile needs a mask.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lemo.kernels.tiles import key_step, load_tile, query_step, softmax_step, store_tile
+
+
+@triton.jit
+def _lanes(END, tile, first, HEADS: tl.constexpr, BM: tl.constexpr):
+    """Row after the tile's first and head of each lane, and whether it is a query."""
+    lane = tl.arange(0, BM)
+    row = lane // HEADS
+    live = row < tl.load(END + tile) - first
+    if BM % HEADS:
+        live = live & (row < BM // HEADS)
+    return row, lane % HEADS, live
+
+
+@triton.jit
+def _offsets(row, head, stride_row, stride_head, HEADS: tl.constexpr):
+    """Of lanes, from the tile's first row and head; rows lie within 2³¹ of each other, heads anywhere."""
+    offset = row * stride_row
+    if HEADS > 1:
+        offset = offset + head.to(tl.int64) * stride_head
+    return offset
+
+
+@triton.jit
+def _where(P, offset, stride_d, BD: tl.constexpr):
+    return P + (offset[:, None] + tl.arange(0, BD)[None, :] * stride_d)
+
+
+@triton.jit
+def _load(P, offset, live, stride_d, D: tl.constexpr, BD: tl.constexpr, CHECKED: tl.constexpr):
+    """A tile of rows at these offsets; without the check all of them exist."""
+    where = _where(P, offset, stride_d, BD)
+    if CHECKED:
+        x = tl.load(where, mask=live[:, None] & (tl.arange(0, BD) < D)[None, :], other=0.0)
+    elif D < BD:
+        x = tl.load(where, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
+    else:
+        x = tl.load(where)
+    return x
+
+
+@triton.jit
+def _store(P, x, offset, live, stride_d, D: tl.constexpr, BD: tl.constexpr):
+    mask = live[:, None] & (tl.arange(0, BD) < D)[None, :]
+    tl.store(_where(P, offset, stride_d, BD), x.to(P.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sees(POSITION, LOWEST, row, live, keys, CUT: tl.constexpr):
+    """Lanes by keys; lanes that are no queries see nothing."""
+    sees = keys[None, :] <= tl.load(POSITION + row, mask=live, other=-1)[:, None]
+    if CUT:
+        sees = sees & (keys[None, :] >= tl.load(LOWEST + row, mask=live, other=0)[:, None])
+    return sees
+
+
+@triton.jit
+def _list_of(BLOCK, tile, START, start_h, COUNT, TAIL, QUERY_END, kv):
+    """Where the list of a tile's block begins, needs a mask from, and ends; and the block's end."""
+    block = tl.load(BLOCK + tile)
+    begin = tl.load(START + kv * start_h + block)
+    end = begin + tl.load(COUNT + block)
+    return begin, end - tl.load(TAIL + block), end, tl.load(QUERY_END + block)
+
+
+@triton.jit
+def _attend_entries(
+    q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, limit, scale_log2, m, l, acc,
+    skm, skd, svm, svd,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, BN)
+    for place in range(start * PARTS, stop * PARTS):
+        first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
+        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if MASKED:
+            s = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), s, float("-inf"))
+        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+        m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
+    return m, l, acc
+
+
+@triton.jit
+def forward(
+    Q, K, V, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END, ENTRIES, START, start_h, COUNT, TAIL, QUERY_END,
+    scale_log2, N,
+    sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    # The last blocks see most: they go first. Those that read the same keys go together.
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
+    h = kv * GROUP + place % (GROUP // HEADS) * HEADS
+    first = tl.load(FIRST + tile).to(tl.int64)
+    row, head, live = _lanes(END, tile, first, HEADS, BM)
+    begin, edge, end, limit = _list_of(BLOCK, tile, START, start_h, COUNT, TAIL, QUERY_END, kv)
+    q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
+    Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    m, l, acc = _attend_entries(
+        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, edge, limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, False, CUT,
+    )  # fmt: skip
+    m, l, acc = _attend_entries(
+        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, edge, end, limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, True, CUT,
+    )  # fmt: skip
+    # Lanes past the end may have seen nothing.
+    l = tl.where(live, l, 1.0)
+    _store(O + h * soh + first * son, acc / l[:, None], _offsets(row, head, son, soh, HEADS), live, 1, D, BD)
+    lse = tl.where(live, m, 0.0) + tl.log2(l)
+    tl.store(LSE + h * N + first + _offsets(row, head, 1, N, HEADS), lse, mask=live)
+
+
+@triton.jit
+def _query_gradient(
+    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, limit, scale_log2, dq,
+    skm, skd, svm, svd,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, BN)
+    for place in range(start * PARTS, stop * PARTS):
+        first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
+        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+        if MASKED:
+            p = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), p, 0.0)
+        dq = query_step(p, do, delta, k, v, dq, PRECISION)
+    return dq
+
+
+@triton.jit
+def backward_queries(
+    Q, K, V, O, DO, LSE, DELTA, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
+    ENTRIES, START, start_h, COUNT, TAIL, QUERY_END,
+    scale_log2, scale, N,
+    sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
+    h = kv * GROUP + place % (GROUP // HEADS) * HEADS
+    first = tl.load(FIRST + tile).to(tl.int64)
+    row, head, live = _lanes(END, tile, first, HEADS, BM)
+    begin, edge, end, limit = _list_of(BLOCK, tile, START, start_h, COUNT, TAIL, QUERY_END, kv)
+    q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
+    given, place_given = h * soh + first * son, _offsets(row, head, son, soh, HEADS)
+    do = _load(DO + given, place_given, live, 1, D, BD, True)
+    out = _load(O + given, place_given, live, 1, D, BD, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    place_lse = _offsets(row, head, 1, N, HEADS)
+    tl.store(DELTA + h * N + first + place_lse, delta, mask=live)
+    lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
+    Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
+    dq = tl.zeros([BM, BD], tl.float32)
+    dq = _query_gradient(
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, edge, limit, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, False, CUT,
+    )  # fmt: skip
+    dq = _query_gradient(
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, edge, end, limit, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, True, CUT,
+    )  # fmt: skip
+    _store(DQ + h * sgh + first * sgn, dq * scale, _offsets(row, head, sgn, sgh, HEADS), live, sgd, D, BD)
+
+
+@triton.jit
+def _key_gradient(
+    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, start, stop, leap_at, leap, kv, N,
+    scale_log2, dk, dv,
+    sqh, sqn, sqd, soh, son,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr,
+    BY_QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Over tiles `start` to `stop`, of which those from `leap_at` on lie `leap` further on."""
+    SPLIT: tl.constexpr = GROUP // HEADS
+    for counted in range(start, stop):
+        place = counted
+        if MASKED:
+            place += tl.where(counted < leap_at, 0, leap)
+        tile = tl.load(SEERS + place // (CHUNKS * SPLIT))
+        h = kv * GROUP + place % SPLIT * HEADS
+        first = tl.load(FIRST + tile).to(tl.int64) + place // SPLIT % CHUNKS * (BM // HEADS)
+        row, head, live = _lanes(END, tile, first, HEADS, BM)
+        q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
+        do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
+        place_lse = _offsets(row, head, 1, N, HEADS)
+        if CHECKED:
+            lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
+            delta = tl.load(DELTA + h * N + first + place_lse, mask=live, other=0.0)
+        else:
+            lse = tl.load(LSE + h * N + first + place_lse)
+            delta = tl.load(DELTA + h * N + first + place_lse)
+        if BY_QUERIES:
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+            if MASKED:
+                p = tl.where(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT), p, 0.0)
+            dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+            ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+        else:
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+            if MASKED:
+                p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
+            dk, dv = key_step(p, q, do, delta, v, dk, dv, PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def backward_keys(
+    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, FIRST, END,
+    SEERS, START, start_h, OWN, ORDER, order_h, KEY_FIRST, KEY_END,
+    scale_log2, scale, N, heads,
+    sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+    CUT: tl.constexpr, BY_QUERIES: tl.constexpr,
+):  # fmt: skip
+    # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
+    TILES: tl.constexpr = CHUNKS * (GROUP // HEADS)
+    # One dimension: a grid's others end at 65,535. The longest lists of all heads go first.
+    kv = (tl.program_id(0) % heads).to(tl.int64)
+    block = tl.load(ORDER + kv * order_h + tl.program_id(0) // heads // PARTS)
+    limit = tl.load(KEY_END + block)
+    keys = tl.load(KEY_FIRST + block) + tl.program_id(0) // heads % PARTS * BN + tl.arange(0, BN)
+    seen = tl.load(START + kv * start_h + block)
+    unseen = tl.load(START + kv * start_h + block + 1)
+    own = tl.minimum(seen + tl.load(OWN + block), unseen)
+    # Tiles are full, but a document's last query block may be short: its tiles go with those that need a mask.
+    ragged = unseen
+    if CUT:
+        own = unseen
+    elif FULL:
+        last = tl.load(SEERS + unseen - 1)
+        short = tl.load(END + last) - tl.load(FIRST + last) < CHUNKS * (BM // HEADS)
+        ragged = tl.maximum(tl.where(short, unseen - 1, unseen), own)
+    k = load_tile(K + kv * skh, keys, limit, skm, skd, D, BD)
+    v = load_tile(V + kv * svh, keys, limit, svm, svd, D, BD)
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BD], tl.float32)
+    dk, dv = _key_gradient(
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS,
+        seen * TILES, (own + unseen - ragged) * TILES, own * TILES, (ragged - own) * TILES, kv, N, scale_log2, dk, dv,
+        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT, BY_QUERIES,
+    )  # fmt: skip
+    dk, dv = _key_gradient(
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS,
+        own * TILES, ragged * TILES, 0, 0, kv, N, scale_log2, dk, dv,
+        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, not FULL, False, CUT,
+        BY_QUERIES,
+    )  # fmt: skip
+    store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)
+    store_tile(DV + kv * sgh, dv, keys, limit, sgn, sgd, D, BD)

@@ -1,0 +1,109 @@
+"""Lists turned round and tiles of queries, against plain loops; what is shared is made once."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from lemo.config import Attend
+from lemo.kernels import block_lists
+from lemo.kernels.block_lists import BlockLists, KeyLists
+from lemo.selection.attend import build_grid, choose_blocks
+from lemo.selection.layout import build_layout
+
+DEVICE = torch.device(os.environ.get("LEMO_TEST_DEVICE", "cpu"))
+ROWS = {
+    "some": torch.tensor([3, 4, 9, 40, 41, 42, 43, 44, 45, 46, 97, 130, 230, 231]),
+    "none": torch.arange(0),
+    "all": torch.arange(232),
+}
+
+
+def lists_of(settings: dict[str, Any]) -> BlockLists:
+    """Of documents of 150, 1 and 81 tokens, key blocks of 4, two key heads."""
+    positions = torch.cat([torch.arange(n) for n in (150, 1, 81)])[None].to(DEVICE)
+    layout = build_layout(1, 232, 4, DEVICE, None, positions)
+    labelled = torch.arange(232) == 140
+    grid = build_grid(layout, Attend(block=4, **settings), 2, None, labelled)
+    nothing = torch.empty(2, 232, 8, device=DEVICE)
+    return choose_blocks(grid, nothing, nothing, 1.0, lambda: 7)
+
+
+LISTS: dict[str, dict[str, Any]] = {
+    "random": {"choice": "random", "density": 0.5, "labelled": "dense"},
+    "nearest": {"choice": "none", "density": 0.5},
+    "everything": {"choice": "random", "density": 1.0},
+}
+
+
+def by_loops(lists: BlockLists) -> list[list[list[int]]]:
+    """By key head and key block: query blocks that see it."""
+    grid, entries = lists.grid, lists.entries.tolist()
+    found: list[list[list[int]]] = [[[] for _ in grid.key_first] for _ in grid.start]
+    place = {int(first): j for j, first in enumerate(grid.key_first)}
+    for seen, starts in zip(found, grid.start, strict=True):
+        for i, (start, count) in enumerate(zip(starts, grid.count, strict=True)):
+            for first in entries[start : start + count]:
+                seen[place[first]].append(i)
+    return found
+
+
+def taken_apart(turned: KeyLists) -> list[list[list[int]]]:
+    seers = turned.seers.tolist()
+    return [[seers[a:b] for a, b in pairwise(s)] for s in turned.start.tolist()]
+
+
+@pytest.mark.parametrize("at_once", [1, 2**24])
+@pytest.mark.parametrize("which", LISTS)
+def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_lists, "_AT_ONCE", at_once)
+    lists = lists_of(LISTS[which])
+    turned, wanted = lists.turned, by_loops(lists)
+    assert len(wanted) == (2 if which == "random" else 1)
+    assert taken_apart(turned) == wanted
+    assert turned.seers.dtype == torch.int32
+    for order, seen in zip(turned.order.tolist(), wanted, strict=True):
+        lengths = [len(seen[j]) for j in order]
+        assert sorted(order) == list(range(len(seen)))
+        assert lengths == sorted(lengths, reverse=True)
+    assert all(seen[j][0] == i for seen in wanted for j, i in enumerate(lists.grid.query_of_key))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("which", LISTS)
+def test_tiles_that_see_a_key_block_are_those_of_loops(which: str, most: int, rows: str) -> None:
+    lists = lists_of(LISTS[which])
+    grid, kept = lists.grid, ROWS[rows]
+    tiles = grid.tiles(kept, most)
+    first, end, block = (x.tolist() for x in (tiles.first, tiles.end, tiles.block))
+    cut = [kept[a:b].tolist() for a, b in zip(first, end, strict=True)]
+    assert [row for rows in cut for row in rows] == kept.tolist()
+    assert all(0 < len(rows) <= most for rows in cut)
+    for i, mine in zip(block, cut, strict=True):
+        assert grid.query_first[i] <= mine[0] <= mine[-1] < grid.query_end[i]
+    spread = lists.spread(tiles)
+    wanted = [[[t for i in seen for t, b in enumerate(block) if b == i] for seen in head] for head in by_loops(lists)]
+    assert taken_apart(spread) == wanted
+    own = [sum(b == i for b in block) for i in grid.query_of_key]
+    assert spread.own.tolist() == own
+
+
+def test_what_layers_share_is_made_once() -> None:
+    lists, other = lists_of(LISTS["nearest"]), ROWS["some"].clone()
+    grid, kept = lists.grid, ROWS["some"]
+    assert lists.turned is lists.turned
+    assert grid.tiles(None, 8) is grid.tiles(None, 8)
+    tiles = grid.tiles(kept, 8)
+    assert grid.tiles(kept, 8) is tiles
+    assert grid.tiles(kept, 4) is not tiles
+    assert grid.tiles(kept, 8) is tiles
+    spread = lists.spread(tiles)
+    assert lists.spread(tiles) is spread
+    assert grid.tiles(other, 8) is not tiles
+    assert lists.spread(grid.tiles(other, 8)) is not spread
+    assert grid.tiles(None, 8) is grid.tiles(None, 8)
