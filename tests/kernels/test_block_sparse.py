@@ -34,6 +34,8 @@ BATCHES: dict[str, dict[str, Any]] = {
         "position_ids": torch.cat([torch.arange(n) for n in (27, 16, 150, 37)])[None],
     },
 }
+# More heads than a tile has lanes, where few rows are kept.
+GROUPS = {**HEADS, "many": (40, 1)}
 CHOICES: dict[str, dict[str, Any]] = {
     "random": {"choice": "random", "density": 0.6},
     "one window block": {"choice": "random", "density": 0.55, "window": 1},
@@ -88,7 +90,7 @@ def check(
     window: int | None = None,
     block: int = 16,
 ) -> None:
-    H, K = HEADS[heads]
+    H, K = GROUPS[heads]
     layout, lists = lists_of(batch, CHOICES[choice], K, window, block)
     host_rows = some_rows(layout, which)
     rows = torch.arange(layout.rows) if host_rows is None else host_rows
@@ -146,6 +148,11 @@ def test_any_head_size_and_grouping(heads: str, d: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("heads", HEADS)
 def test_all_rows_of_any_grouping(heads: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, "packed", "one window block", "all", heads, block=block)
+
+
+@pytest.mark.parametrize("which", ["few", "scattered", "all"])
+def test_many_heads_share_a_key_head(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, "packed", "random", which, "many", d=8)
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])
