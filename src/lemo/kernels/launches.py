@@ -42,8 +42,8 @@ _SMALL_BYTES = 256
 _LARGE = Launches(Launch(128, 64, 8, 1), Launch(128, 64, 8, 1), Launch(64, 64, 4, 1))
 # By compute capability's first number, 0 for any other, and key block, up to 64 and 128.
 _SMALL = {
-    (9, 64): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
-    (9, 128): Launches(Launch(128, 128, 8, 2), Launch(128, 128, 8, 2), Launch(64, 128, 8, 2)),
+    (9, 64): Launches(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+    (9, 128): Launches(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 2)),
     (0, 64): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
     (0, 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
 }
