@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.launching import launch
 from lemo.kernels.tiles import tiles_of
 
 _BLOCK = 4096
@@ -41,10 +42,7 @@ def silu_times_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
 
 
 def _launch(kernel, count: int, *tensors: Tensor) -> None:
-    if count:
-        # Triton launches on the current device, whatever the tensors' is.
-        with torch.cuda.device_of(tensors[0]):
-            kernel[(tiles_of(count, _BLOCK),)](*tensors, count, BLOCK=_BLOCK, num_warps=8)
+    launch(kernel, (tiles_of(count, _BLOCK),), *tensors, count, BLOCK=_BLOCK, num_warps=8)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.launching import launch
 from lemo.kernels.tiles import power_of_2, tiles_of
 
 # Numbers of a tile: 8 KiB of bf16, so that each thread of four warps has 64 bytes on their way.
@@ -117,7 +118,7 @@ def add_norm_gradient_(
         each = power_of_2(tiles_of(tiles, _SUMMING))
         sums = torch.zeros(2, tiles_of(tiles, each), D, device=x_ND.device, dtype=torch.float32)
     _launch(
-        _add_norm_gradient, N, D, grad_TD, rows_N, grad_y_ND, x_ND, weight_D, sums,
+        _add_norm_gradient, N, D, grad_y_ND, grad_TD, rows_N, x_ND, weight_D, sums,
         grad_TD.stride(0) if grad_TD is not None else 0, grad_y_ND.stride(0),
         sums.stride(0) if sums is not None else 0, eps,
         each=each, CENTERED=centered, PARAMETERS=parameters, EACH=each,
@@ -135,15 +136,11 @@ def _rows(D: int) -> int:
 
 def _launch(kernel, N: int, D: int, *arguments, each: int = 1, **constants) -> None:
     """Runs a kernel over all tiles of N rows, `each` of them a program."""
-    if N == 0:
-        return
-    BD = power_of_2(D)
-    # Triton launches on the current device, whatever the tensors' is.
-    device = next(x for x in arguments if isinstance(x, Tensor))
-    with torch.cuda.device_of(device):
-        kernel[(tiles_of(N, _rows(D) * each),)](
-            *arguments, N, D=D, BD=BD, R=_rows(D), num_warps=min(16, max(4, BD // 1024)), **constants
-        )
+    BD, R = power_of_2(D), _rows(D)
+    launch(
+        kernel, (tiles_of(N, R * each),), *arguments, N,
+        D=D, BD=BD, R=R, num_warps=min(16, max(4, BD // 1024)), **constants,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -206,7 +203,7 @@ def _add_rows(X, ROWS, Y, stride, stride_y, N, D: tl.constexpr, BD: tl.constexpr
 
 @triton.jit
 def _add_norm_gradient(
-    GRAD, ROWS, GRAD_Y, X, WEIGHT, SUMS, stride, stride_y, stride_sums, eps, N,
+    GRAD_Y, GRAD, ROWS, X, WEIGHT, SUMS, stride, stride_y, stride_sums, eps, N,
     D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
     CENTERED: tl.constexpr, PARAMETERS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip

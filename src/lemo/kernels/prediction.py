@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.launching import launch
 from lemo.kernels.tiles import power_of_2
 
 _COLUMNS = 64
@@ -82,17 +83,15 @@ def _launch(
 ) -> None:
     r, D = look.matrix.shape
     m = 0 if second is None else second.shape[1]
-    # Triton launches on the current device, whatever the tensors' is.
-    with torch.cuda.device_of(hidden):
-        _look[(len(first_row),)](
-            hidden, look.matrix, look.offset, look.sums, first_row, tokens, second, third, out,
-            look.eps, hidden.stride(0),
-            D=D, R=r, M=m, BB=max(16, power_of_2(block)), BR=max(16, power_of_2(r)),
-            BM=max(16, power_of_2(m)), BK=_COLUMNS, CENTERED=look.sums is not None,
-            ACTIVITY=second is not None, PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
-            # With more stages, or with 4 warps for 128 rows, results are wrong on an H100 (Triton 3.6; docs/LOG.md).
-            num_warps=8 if block > 64 else 4, num_stages=1,
-        )  # fmt: skip
+    launch(
+        _look, (len(first_row),), hidden, look.matrix, look.offset, look.sums, first_row, tokens, second, third, out,
+        look.eps, hidden.stride(0),
+        D=D, R=r, M=m, BB=max(16, power_of_2(block)), BR=max(16, power_of_2(r)),
+        BM=max(16, power_of_2(m)), BK=_COLUMNS, CENTERED=look.sums is not None,
+        ACTIVITY=second is not None, PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
+        # With more stages, or with 4 warps for 128 rows, results are wrong on an H100 (Triton 3.6; docs/LOG.md).
+        num_warps=8 if block > 64 else 4, num_stages=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.launching import launch
 from lemo.kernels.tiles import power_of_2
 
 
@@ -32,15 +33,12 @@ def rotate(
     K = k_NKd.shape[1]
     q_out = torch.empty(N, H, d, device=q_NHd.device, dtype=q_NHd.dtype)
     k_out = torch.empty(N, K, d, device=k_NKd.device, dtype=k_NKd.dtype)
-    if N:
-        # Triton launches on the current device, whatever the tensors' is.
-        with torch.cuda.device_of(q_NHd):
-            _rotate[(N,)](
-                q_NHd, k_NKd, q_out, k_out, cos_Td, sin_Td, rows_N,
-                q_NHd.stride(0), q_NHd.stride(1), k_NKd.stride(0), k_NKd.stride(1),
-                H=H, K=K, HALF=d // 2, BH=power_of_2(H), BK=power_of_2(K),
-                BD=power_of_2(d // 2), TRANSPOSED=transposed, num_warps=4,
-            )  # fmt: skip
+    launch(
+        _rotate, (N,), q_NHd, k_NKd, q_out, k_out, cos_Td, sin_Td, rows_N,
+        q_NHd.stride(0), q_NHd.stride(1), k_NKd.stride(0), k_NKd.stride(1),
+        H=H, K=K, HALF=d // 2, BH=power_of_2(H), BK=power_of_2(K),
+        BD=power_of_2(d // 2), TRANSPOSED=transposed, num_warps=4,
+    )  # fmt: skip
     return q_out, k_out
 
 
