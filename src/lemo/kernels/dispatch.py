@@ -20,6 +20,7 @@ SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
 LARGEST_PREDICTED_BLOCK = 128
 MOST_NUMBERS = 128
+MOST_RANKED = 2**14
 LISTED_BLOCKS = (16, 32, 64, 128)
 LISTED_BYTES = 2**15
 HALF = (torch.float16, torch.bfloat16)
@@ -204,6 +205,22 @@ def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_kn
     if numbers > MOST_NUMBERS:
         return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
     return None if x.dtype in _DTYPES else f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+
+
+def ranking_backend(score: Tensor, longest: int) -> str:
+    """`triton` or `torch` for ranking blocks by their scores; logged once for every reason.
+
+    Args:
+        score: or what it is made of.
+        longest: blocks of the longest document.
+    """
+    reason = _reason_against_any(score)
+    if reason is None and longest > MOST_RANKED:
+        reason = f"the kernel takes documents of at most {MOST_RANKED} blocks, not {longest}"
+    if reason is None and score.dtype != torch.float32:
+        reason = f"the kernel takes scores of fp32, not {score.dtype}"
+    _note("ranking of blocks", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
 
 
 def _reason_against_any(x: Tensor) -> str | None:

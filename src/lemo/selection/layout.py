@@ -86,6 +86,17 @@ def causal_bounds(layout: SequenceLayout, rows: Tensor, window: int | None) -> t
     return first if window is None else torch.maximum(first, rows - window + 1), rows
 
 
+def table_of_documents(layout: SequenceLayout) -> Tensor:
+    """Each document's first block, blocks, first row and the row after its last, int64 [documents, 4]; made once."""
+    if "documents" not in layout.made:
+        rows = zip(
+            layout.on_host.first_block.tolist(), layout.blocks_per_document, *zip(*layout.documents, strict=True),
+            strict=True,
+        )  # fmt: skip
+        layout.made["documents"] = torch.tensor(list(rows)).to(layout.block_tokens.device, non_blocking=True)
+    return layout.made["documents"]
+
+
 def rows_left_out(plan: TokenPlan, layout: SequenceLayout) -> Tensor:
     """The documents' rows that a plan doesn't keep, int64, ascending."""
     left = layout.on_host.block_of_row.numpy() >= 0

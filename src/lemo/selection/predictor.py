@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lemo.kernels.dispatch import prediction_backend
+from lemo.kernels.dispatch import prediction_backend, ranking_backend
+from lemo.selection.layout import table_of_documents
 from lemo.selection.predictor_blocks import PLACES, Blocks, places_of_batch, side_by_side
 from lemo.selection.scores import causal_view, from_predecessor
 from lemo.types import NormWeights, SequenceLayout
@@ -239,6 +240,10 @@ class Predictor(nn.Module):
         score = self._scores(F.pad(by_row, (0, 1))[:, side.blocks], side.counts, causal)
         return score.flatten()[side.there]
 
+    def scores_by_kernel(self, outputs: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+        """The same where kernels run."""
+        return self.scores(outputs, layout.blocks_per_document, causal)
+
     def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
         """The same of documents side by side: [documents, n] from [outputs, documents, n]."""
         raise NotImplementedError
@@ -262,6 +267,14 @@ class AttentionPredictor(Predictor):
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
         return (query @ key.T).tril()
 
+    def scores_by_kernel(self, outputs: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+        longest = max(layout.blocks_per_document)
+        if causal or ranking_backend(outputs, longest) == "torch":
+            return super().scores_by_kernel(outputs, layout, causal)
+        from lemo.kernels.ranking import later_products
+
+        return later_products(outputs, table_of_documents(layout), longest)
+
     def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
         query, key = outputs.chunk(2, 0)
         if not causal:
@@ -282,6 +295,9 @@ class ActivityPredictor(Predictor):
 
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__(("activity",), width, (*widths[:-1], 1))
+
+    def scores_by_kernel(self, outputs: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
+        return super().scores_by_kernel(outputs, layout, causal) if causal else outputs[:, 0]
 
     def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
         return from_predecessor(outputs[0]) if causal else outputs[0]
@@ -315,9 +331,8 @@ def predicted_scores(
     # Thresholds were chosen for scores computed so.
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if backend == "triton" and weights is not None:
-            outputs = predictor.outputs_by_kernel(hidden_ND, weights, layout)
-        else:
-            normed, size = norm(hidden_ND), layout.block_size
-            documents = layout.documents
-            outputs = torch.cat([predictor.outputs(normed[a:b], Blocks(b - a, size)) for a, b in documents])
+            return predictor.scores_by_kernel(predictor.outputs_by_kernel(hidden_ND, weights, layout), layout, causal)
+        normed, size = norm(hidden_ND), layout.block_size
+        documents = layout.documents
+        outputs = torch.cat([predictor.outputs(normed[a:b], Blocks(b - a, size)) for a, b in documents])
         return predictor.scores(outputs, layout.blocks_per_document, causal)
