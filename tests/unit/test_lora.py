@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lemo.models import lora
 from lemo.models.fused import fused as fused_modules
+from lemo.sparse.low_copies import copied, in_dtype
 from lemo.sparse.low_rank import Added, add_low_rank
 
 
@@ -254,3 +255,28 @@ def test_a_linear_that_trains_or_is_watched_keeps_its_graph(case: str, monkeypat
     assert len(found) == len(wanted)
     for left, right in zip(found, wanted, strict=True):
         assert (left - right).norm() <= 2e-2 * right.norm()
+
+
+def test_matrices_are_cast_once_for_a_pass_and_not_found_after_it() -> None:
+    model, cpu = adapted(), torch.device("cpu")
+    other = adapted(r=3).up
+    groups = [lora.matrices_of([model.up, other], cpu), lora.matrices_of([model.down], cpu)]
+    for number in range(2):
+        with copied(groups, torch.bfloat16):
+            found = [in_dtype(*group, torch.bfloat16) for group in groups]
+            again = [in_dtype(*group, torch.bfloat16) for group in groups]
+            assert in_dtype(*groups[1], torch.float16)[0].dtype == torch.float16
+        for (a, b), (low_a, low_b), (same, _) in zip(groups, found, again, strict=True):
+            assert low_a is same
+            assert torch.equal(low_a, torch.cat(a).to(torch.bfloat16))
+            assert [torch.equal(low, x.to(torch.bfloat16)) for low, x in zip(low_b, b, strict=True)] == [True] * len(b)
+            assert in_dtype(a, b, torch.bfloat16)[0] is not low_a
+        model.up.lora_A["default"].weight.data.add_(number + 1.0)
+
+
+def test_matrices_that_are_not_whole_are_left_to_their_linear() -> None:
+    model = adapted()
+    model.up.lora_B["default"].weight.data = torch.empty(0)  # as FSDP and ZeRO leave it between layers
+    cpu = torch.device("cpu")
+    assert [len(x) for x in lora.matrices_of(linears(model), cpu)] == [1, 1]
+    assert lora.matrices_of(linears(model), torch.device("meta")) == ([], [])

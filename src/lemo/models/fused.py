@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from lemo.kernels.dispatch import plain_torch
-from lemo.models.lora import fused_linear
+from lemo.kernels.dispatch import HALF, plain_torch
+from lemo.models.lora import fused_linear, matrices_of
 from lemo.models.mlps import fused_mlp
 from lemo.models.norms import fused_norm
+from lemo.sparse.low_copies import copied
+from lemo.sparse.precision import computes_in
+
+if TYPE_CHECKING:
+    from lemo.models.view import ArchitectureView
 
 
 @contextmanager
@@ -37,3 +44,19 @@ def fused(
     finally:
         for module, _ in changed:
             del module.__dict__["forward"]
+
+
+def low_copies(
+    views: Iterable[ArchitectureView], device: torch.device, dtype: torch.dtype
+) -> AbstractContextManager[None]:
+    """Inside, LoRA's matrices of all these layers are there in half precision, if products are computed in it.
+
+    Args:
+        views: of layers; those on another device cast for themselves.
+        device, dtype: of the hidden states.
+    """
+    dtype = computes_in(device.type, dtype)
+    if dtype not in HALF or plain_torch():
+        return nullcontext()
+    groups = [matrices_of(linears, device) for view in views for linears in view.linears_by_input]
+    return copied([group for group in groups if group[0]], dtype)

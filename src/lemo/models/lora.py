@@ -77,6 +77,30 @@ def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:
     return [sums[module] if module in sums else others[module] for module in modules]
 
 
+def matrices_of(modules: Sequence[Any], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of those modules that are plain LoRA layers with one active adapter, where the matrices are whole there.
+
+    Sharded ones aren't (FSDP, ZeRO), nor those that a hook brings when their layer runs.
+    """
+    a: list[Tensor] = []
+    b: list[Tensor] = []
+    for layer in modules:
+        names = _active(layer) if isinstance(layer, LoraLinear) else []
+        if len(names) == 1:
+            into, out = (matrices[names[0]] for matrices in (layer.lora_A, layer.lora_B))
+            if _is_whole(into, device) and _is_whole(out, device):
+                a.append(into.weight)
+                b.append(out.weight)
+    return a, b
+
+
+def _is_whole(linear: Any, device: torch.device) -> bool:
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        return False
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    return weight.shape == shape and weight.device == device and weight.is_contiguous()
+
+
 def _is_fused_alone(module: Any) -> bool:
     """Whether `fused_linear` gave it its `forward`, one adapter is active, and no hook wants its input or output."""
     if getattr(module.__dict__.get("forward"), "func", None) is not _forward or len(_active(module)) != 1:

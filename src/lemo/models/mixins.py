@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lemo.loss import segmented_cross_entropy
 from lemo.models.attend import CALL, AttendCall, attention_by_lists
 from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
-from lemo.models.fused import fused
+from lemo.models.fused import fused, low_copies
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
@@ -108,7 +108,7 @@ class SparseDecoder:
         B, T = tokens.shape[:2]
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
-            cls_forward = functools.partial(_fusing_last_norm, self, cls_forward)
+            cls_forward = functools.partial(_with_all_of_a_pass, self, cls_forward)
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
             if state.attend is not None:
@@ -128,10 +128,12 @@ class SparseDecoder:
         return cls_forward(**arguments)
 
 
-def _fusing_last_norm(decoder: Any, run: Any, **arguments: Any) -> Any:
-    """The norm after the last layer, which sees every row, takes one pass too where it is recognised."""
+def _with_all_of_a_pass(decoder: Any, run: Any, **arguments: Any) -> Any:
+    """The norm after the last layer, which sees every row, takes one pass too where it is recognised; and LoRA's
+    matrices are cast for all layers at once."""
     norm = getattr(decoder, "norm", None)
-    with fused((), [] if norm is None else [norm]):
+    views = [getattr(layer, VIEW) for layer in decoder.layers]
+    with fused((), [] if norm is None else [norm]), low_copies(views, decoder.device, decoder.dtype):
         return run(**arguments)
 
 

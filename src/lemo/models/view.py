@@ -94,6 +94,14 @@ class ArchitectureView:
         # up, gate, their product and the activation live at once.
         return 4 * up.out_features * up.weight.element_size()
 
+    @property
+    def linears_by_input(self) -> list[list[nn.Module]]:
+        """The layer's linears, those that run on one input together."""
+        attention, home, row = self._attention, self._mlp_home, self.row
+        mlp = [[getattr(home, name)] for name in (row.gate, row.up, row.down) if name]
+        heads = [getattr(attention, name) for name in (row.query, row.key, row.value)]
+        return [heads, [getattr(attention, row.output)], *mlp]
+
     def fused(self, store_less: bool = False) -> AbstractContextManager[None]:
         attention, home, row = self._attention, self._mlp_home, self.row
         linears = [getattr(attention, name) for name in (row.query, row.key, row.value, row.output)]

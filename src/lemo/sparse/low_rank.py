@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lemo.sparse.low_copies import in_dtype
 from lemo.sparse.precision import products_in
 
 
@@ -57,8 +58,8 @@ def _add(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """In place; returns x, x Aᵀ [N, R], A [R, I] and each B in y's dtype."""
     dtype = ys[0].dtype
-    x_NI, a_RI = x_NI.to(dtype), (a[0] if len(a) == 1 else torch.cat(a)).to(dtype)
-    low_b = [b_Or.to(dtype) for b_Or in b]
+    x_NI = x_NI.to(dtype)
+    a_RI, low_b = in_dtype(a, b, dtype)
     # torch's autocast would leave the in-place product alone and refuse other dtypes.
     with products_in(x_NI.device.type, dtype):
         inner_NR = x_NI @ a_RI.T
