@@ -15,7 +15,7 @@ from lemo.selection.predictor import KINDS, predicted_scores
 from lemo.types import NormWeights, SequenceLayout
 
 pytest.importorskip("triton")
-from lemo.kernels.prediction import FirstLook, mean_activity, pooled_look
+from lemo.kernels.prediction import FirstLook, later_look, mean_activity, pooled_look
 
 # D, numbers, width of the second matrix, tokens a block.
 SIZES = {
@@ -104,3 +104,18 @@ def test_a_predictors_scores_are_those_of_its_torch_path(
     outputs = predictor.outputs_by_kernel(hidden, weights, layout)
     found = predictor.scores(outputs, layout.blocks_per_document, causal)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(256, 11, 128, 64), (10, 11, 9, 2), (37, 3, 70, 5), (1, 1, 1, 1)])
+def test_later_matrices_equal_torchs(sizes: tuple[int, ...], monkeypatch: Any) -> None:
+    i, p, m, o = sizes
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((7, i), (7, p), (i + p, m), (m, o))
+    pooled, places, second, third = (torch.randn(s, generator=generator).to(DEVICE) for s in shapes)
+    poisoned(monkeypatch)
+    found = later_look(pooled, places, second, third)
+    seen = torch.cat([pooled, places], 1).double()
+    middle = torch.relu(seen @ second.double())
+    wanted = torch.relu(middle @ third.double())
+    size = float((middle @ third.double().abs()).max())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6 * max(size, 1.0))

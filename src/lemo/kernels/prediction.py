@@ -3,9 +3,10 @@ low-rank matrix with ReLU, and what a block's tokens have together.
 
 A program takes a block. The norm's weight lies in the matrix, its scale is a factor on each row's products and comes
 from sums over the same numbers, so that normalised inputs never exist. Attention's predictors get the mean and the
-maximum of each number over the block; an MLP's go on by token, through two small matrices, to the block's mean.
+maximum of each number over the block, and another kernel takes a block's through two small matrices; an MLP's go on by
+token, through two small matrices, to the block's mean.
 
-N rows, D hidden size, n blocks, r numbers a token, m width of the second matrix.
+N rows, D hidden size, n blocks, r numbers a token, m width of the second matrix, o of the third.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,6 +23,8 @@ from lemo.kernels.launching import launch
 from lemo.kernels.tiles import power_of_2
 
 _COLUMNS = 64
+# Numbers of a tile of the second matrix.
+_TILE = 4096
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,25 @@ def pooled_look(hidden_ND: Tensor, look: FirstLook, first_row_n: Tensor, tokens_
     out = torch.empty(n, 2 * r, device=hidden_ND.device, dtype=torch.float32)
     _launch(hidden_ND, look, first_row_n, tokens_n, block, out, None, None)
     return out
+
+
+def later_look(pooled: Tensor, places: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """`relu(relu(seen @ second) @ third)` of what is pooled beside the places, fp32 [n, o], columns contiguous.
+
+    Args:
+        pooled: of each block, fp32 [n, i].
+        places: where it lies, fp32 [n, p].
+        second, third: fp32 [i + p, m] and [m, o], contiguous.
+    """
+    (n, i), p, (m, o) = pooled.shape, places.shape[1], third.shape
+    out = torch.empty(o, n, device=pooled.device, dtype=torch.float32)
+    BI = power_of_2(i)
+    launch(
+        _later_look, (n,), pooled, places, second, third, out, n,
+        I=i, P=p, M=m, O=o, BI=BI, BP=power_of_2(p), BM=min(power_of_2(m), max(1, _TILE // BI)), BO=power_of_2(o),
+        num_warps=4,
+    )  # fmt: skip
+    return out.T
 
 
 def mean_activity(
@@ -137,3 +159,26 @@ def _look(
         where = OUT + n * 2 * R + j
         tl.store(where, tl.sum(low, 0) / count, mask=j < R)
         tl.store(where + R, tl.max(low, 0), mask=j < R)
+
+
+@triton.jit
+def _later_look(
+    POOLED, PLACES, SECOND, THIRD, OUT, blocks,
+    I: tl.constexpr, P: tl.constexpr, M: tl.constexpr, O: tl.constexpr,
+    BI: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    i, p, o = tl.arange(0, BI), tl.arange(0, BP), tl.arange(0, BO)
+    seen = tl.load(POOLED + n * I + i, mask=i < I, other=0.0)
+    place = tl.load(PLACES + n * P + p, mask=p < P, other=0.0)
+    out = tl.zeros([BO], tl.float32)
+    for start in range(0, M, BM):
+        j = start + tl.arange(0, BM)
+        of_seen = tl.load(SECOND + i[:, None] * M + j[None, :], mask=(i < I)[:, None] & (j < M)[None, :], other=0.0)
+        of_place = tl.load(
+            SECOND + (I + p)[:, None] * M + j[None, :], mask=(p < P)[:, None] & (j < M)[None, :], other=0.0
+        )
+        middle = tl.maximum(tl.sum(seen[:, None] * of_seen, 0) + tl.sum(place[:, None] * of_place, 0), 0.0)
+        third = tl.load(THIRD + j[:, None] * O + o[None, :], mask=(j < M)[:, None] & (o < O)[None, :], other=0.0)
+        out += tl.sum(middle[:, None] * third, 0)
+    tl.store(OUT + o.to(tl.int64) * blocks + n, tl.maximum(out, 0.0), mask=o < O)

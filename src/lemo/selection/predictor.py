@@ -139,7 +139,7 @@ class Predictor(nn.Module):
             norm: that norm.
             layout: documents and blocks.
         """
-        from lemo.kernels.prediction import mean_activity, pooled_look
+        from lemo.kernels.prediction import later_look, mean_activity, pooled_look
 
         stacked, look = self._stack(hidden_ND.dtype), self._look(hidden_ND.dtype, norm)
         where = (layout.first_row_of_block, layout.block_tokens, layout.block_size)
@@ -147,7 +147,7 @@ class Predictor(nn.Module):
             return mean_activity(hidden_ND, look, stacked.second, stacked.third[:, 0], *where)[:, None]
         pooled = pooled_look(hidden_ND, look, *where)
         places = places_of_batch(layout.blocks_per_document, hidden_ND.device)
-        return self._later(torch.cat([pooled, places], 1), stacked)
+        return later_look(pooled, places, stacked.second, stacked.third)
 
     def _first_matrices(self) -> Tensor:
         """The networks' first matrices in one, for inputs that are only centred, [r, D]."""
@@ -194,7 +194,8 @@ class Predictor(nn.Module):
         first = self._first_matrices()
         bias = -(first @ self.center)
         later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
-        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second.T.to(later).contiguous(), third.T.to(later))
+        second, third = (matrix.T.to(later).contiguous() for matrix in (second, third))
+        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second, third)
         return self._stacked
 
     @property
