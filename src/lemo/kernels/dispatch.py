@@ -133,9 +133,8 @@ def _reason_against_movement(tensors: tuple[Tensor, ...]) -> str | None:
         return reason
     if stream.shape[-1] > WIDEST_ROW:
         return f"the kernels take rows of at most {WIDEST_ROW} numbers, not {stream.shape[-1]}"
-    if odd := {str(x.dtype) for x in tensors if x.dtype not in _DTYPES}:
-        return f"the kernels take fp32, fp16 and bf16, not {', '.join(sorted(odd))}"
-    return None
+    odd = [x.dtype for x in tensors if x.dtype not in _DTYPES]
+    return f"the kernels take fp32, fp16 and bf16, not {', '.join(sorted(set(map(str, odd))))}" if odd else None
 
 
 def gated_backend(gate: Tensor, up: Tensor) -> str:

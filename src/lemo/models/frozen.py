@@ -20,8 +20,9 @@ def is_frozen(linear: Any, x: Tensor) -> bool:
     """Whether a module is an `nn.Linear` that neither trains nor is watched, in the dtype of its product with x."""
     if type(linear) is not nn.Linear or "forward" in linear.__dict__ or not unwatched(linear):
         return False
-    trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
-    return not trains and linear.weight.dtype == computes_in(x.device.type, x.dtype)
+    weight, bias = linear.weight, linear.bias
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not trains and weight.dtype == computes_in(x.device.type, x.dtype)
 
 
 def output_of(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -34,5 +35,6 @@ def output_of(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def unwatched(module: nn.Module) -> bool:
     """Whether no hook sees the module's input or output."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks)
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -40,19 +40,21 @@ def _reason_against(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__qualname__} isn't PEFT's plain LoRA linear"
     if layer.disable_adapters or layer.merged:
         return "the adapter is switched off or merged"
-    if not _active(layer):
+    names = _active(layer)
+    if not names:
         return "no adapter is active"
     if not unwatched(layer.base_layer):
         return "hooks on the linear, which would see its output change"
-    for name in _active(layer):
-        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    all_a, all_b, dropouts = layer.lora_A, layer.lora_B, layer.lora_dropout
+    for name in names:
+        a, b, dropout = all_a[name], all_b[name], dropouts[name]
         if name in layer.lora_variant:
             return f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
         if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
             return "LoRA matrices with a bias, or that aren't linears"
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0:
             return "LoRA dropout"
-        if not isinstance(dropout, nn.Identity | nn.Dropout):
+        if not isinstance(dropout, (nn.Identity, nn.Dropout)):
             return f"LoRA dropout of type {type(dropout).__name__}"
     return None
 
@@ -63,7 +65,8 @@ def _note(reason: str) -> None:
 
 
 def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    there = layer.lora_A
+    return [name for name in layer.active_adapters if name in there]
 
 
 def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import HALF
+from lemo.models.frozen import unwatched
 from lemo.types import NormWeights
 
 _log = logging.getLogger("lemo")
@@ -49,22 +50,30 @@ def norm_weights(module: Any) -> NormWeights | None:
 
 
 def _is_rms(module: nn.Module) -> bool:
-    kind = type(module)
+    kind: Any = type(module)
+    return _is_rms_class(kind)
+
+
+@functools.cache
+def _is_rms_class(kind: type) -> bool:
     return kind.__name__ in _KNOWN and kind.__module__.startswith("transformers.models.")
 
 
 def _reason_against(module: Any) -> str | None:
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
     if not _is_rms(module) and type(module) is not nn.LayerNorm:
-        return f"{name} isn't a norm that is known"
-    if module.weight is None or module.weight.dim() != 1:
-        return f"a {name} without a weight a column"
+        return f"{_name(module)} isn't a norm that is known"
+    weight = module.weight
+    if weight is None or weight.dim() != 1:
+        return f"a {_name(module)} without a weight a column"
     # `fused` gives an instance its own `forward`, which computes the same.
     own = module.__dict__.get("forward")
     if own is not None and getattr(own, "func", None) is not _forward:
-        return f"a {name} whose forward was replaced"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return f"hooks on a {name}" if any(hooks) else None
+        return f"a {_name(module)} whose forward was replaced"
+    return None if unwatched(module) else f"hooks on a {_name(module)}"
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 @functools.cache

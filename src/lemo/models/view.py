@@ -61,12 +61,12 @@ class ArchitectureView:
     @property
     def window(self) -> int | None:
         attention = self._attention
-        config = attention.config
         # Qwen2/Qwen3 decide per layer and store the result; Mistral reads its config.
+        stored = attention.__dict__
         return (
-            attention.sliding_window
-            if hasattr(attention, "sliding_window")
-            else getattr(config, "sliding_window", None)
+            stored["sliding_window"]
+            if "sliding_window" in stored
+            else getattr(attention.config, "sliding_window", None)
         )
 
     @property
@@ -192,11 +192,11 @@ class ArchitectureView:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a dropout inside is in effect; torch's own walk makes names, too slow for every layer in every step."""
-    waiting: list[nn.Module | None] = [module]
+    waiting = [module._modules]
     while waiting:
-        one = waiting.pop()
-        if one is not None:
+        for one in waiting.pop().values():
             if isinstance(one, nn.Dropout) and one.training and one.p > 0.0:
                 return True
-            waiting.extend(one._modules.values())
+            if one is not None and one._modules:
+                waiting.append(one._modules)
     return False

@@ -30,8 +30,8 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor] | None) -> Iterator[N
     def pack(x: Tensor) -> Any:
         if x.data_ptr() == memory[0] and (x.data_ptr(), x.shape, x.stride(), x.dtype) == memory:
             return promise.given()
-        # Not x itself: an output that its own function saves would hold itself.
-        return x.detach()
+        # Not x itself where it has a graph: an output that its own function saves would hold itself.
+        return x.detach() if x.requires_grad else x
 
     def unpack(x: Any) -> Tensor:
         return x.kept() if isinstance(x, _Promise) else x
