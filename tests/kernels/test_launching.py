@@ -36,12 +36,18 @@ def test_a_kernel_is_compiled_once_for_a_key(monkeypatch: pytest.MonkeyPatch) ->
     compiled: list[Compiled] = []
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __init__(self) -> None:
             self.runs: list[tuple[Any, ...]] = []
             compiled.append(self)
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *arguments: self.runs.append((grid, *arguments))
+        def run(self, *arguments: Any) -> None:
+            self.runs.append(arguments)
+
+    class Driver:
+        class active:  # noqa: N801
+            get_current_stream = staticmethod(lambda index: 77)
 
     class Kernel:
         def __init__(self) -> None:
@@ -52,6 +58,7 @@ def test_a_kernel_is_compiled_once_for_a_key(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(launching, "CompiledKernel", Compiled)
     monkeypatch.setattr(launching, "_KNOWN", True)
+    monkeypatch.setattr(launching, "driver", Driver)
     kernel, x = Kernel(), torch.zeros(8)
     for n in (5, 7, 16):
         launching.launch(kernel, (n,), x, n, D=8, num_warps=4)
@@ -59,4 +66,7 @@ def test_a_kernel_is_compiled_once_for_a_key(monkeypatch: pytest.MonkeyPatch) ->
     launching.launch(kernel, (5,), x, 5, D=8, num_warps=8)
     launching.launch(kernel, (0, 3), x, 5, D=9, num_warps=8)
     assert [len(one.runs) for one in compiled] == [1, 0, 0, 0]
-    assert compiled[0].runs == [((7, 1, 1), x, 7, 8)]
+    assert compiled[0].runs == [(7, 1, 1, 77, "function", "metadata", None, None, None, x, 7, 8)]
+    monkeypatch.setattr(launching, "_hooked", lambda: True)
+    launching.launch(kernel, (5,), x, 5, D=8, num_warps=4)
+    assert [len(one.runs) for one in compiled] == [1, 0, 0, 0, 0]

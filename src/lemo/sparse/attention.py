@@ -180,9 +180,10 @@ def _attend_document(
     first, end = document
     if N == M and site is None and (window is None or window >= end - first):
         # Queries and keys are the same rows in the same order: plain causal attention, the backend's fast path.
+        # Squeezed: the gradient of an index is a copy among zeros.
         return F.scaled_dot_product_attention(
             q_HNd[None], k_KMd[None], v_KMd[None], is_causal=True, scale=view.scaling, enable_gqa=groups > 1
-        )[0]
+        ).squeeze(0)
     if groups > 1:  # masked backends don't group heads
         k_KMd, v_KMd = k_KMd.repeat_interleave(groups, 0), v_KMd.repeat_interleave(groups, 0)
 
