@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lemo.kernels.dispatch import HALF
 from lemo.sparse.precision import computes_in
@@ -27,10 +28,13 @@ def is_frozen(linear: Any, x: Tensor) -> bool:
 
 def output_of(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A module's output; and its weight [O, I] if it is a frozen linear, whose output then has no graph."""
-    if not is_frozen(linear, x):
-        return linear(x), None
-    with torch.no_grad():
-        return linear(x), linear.weight
+    return (frozen_output(linear, x), linear.weight) if is_frozen(linear, x) else (linear(x), None)
+
+
+@torch.no_grad()
+def frozen_output(linear: Any, x: Tensor) -> Tensor:
+    """A frozen linear's output, without a graph; as nobody watches, what the module would call."""
+    return F.linear(x, linear.weight, linear.bias)
 
 
 def unwatched(module: nn.Module) -> bool:

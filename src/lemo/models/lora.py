@@ -65,7 +65,7 @@ def _note(reason: str) -> None:
 
 
 def _active(layer: Any) -> list[str]:
-    there = layer.lora_A
+    there = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in there]
 
 
@@ -74,10 +74,10 @@ def linears_of_one_input(modules: Sequence[Any], x_NI: Tensor) -> list[Tensor]:
     layers = [module for module in modules if computes_in_half(x_NI) and _is_fused_alone(module)]
     if not layers:
         return [module(x_NI) for module in modules]
-    added = {module: _added(module, _active(module)[0], *output_of(module.base_layer, x_NI)) for module in layers}
-    others = {module: module(x_NI) for module in modules if module not in added}
-    sums = dict(zip(layers, add_low_rank(x_NI, *added.values()), strict=True))
-    return [sums[module] if module in sums else others[module] for module in modules]
+    added = [_added(module, _active(module)[0], *output_of(module.base_layer, x_NI)) for module in layers]
+    others = {module: module(x_NI) for module in modules if module not in layers}
+    sums = dict(zip(layers, add_low_rank(x_NI, *added), strict=True)) | others
+    return [sums[module] for module in modules]
 
 
 def matrices_of(modules: Sequence[Any], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -85,23 +85,23 @@ def matrices_of(modules: Sequence[Any], device: torch.device) -> tuple[list[Tens
 
     Sharded ones aren't (FSDP, ZeRO), nor those that a hook brings when their layer runs.
     """
-    a: list[Tensor] = []
-    b: list[Tensor] = []
+    found = []
     for layer in modules:
         names = _active(layer) if isinstance(layer, LoraLinear) else []
         if len(names) == 1:
-            into, out = (matrices[names[0]] for matrices in (layer.lora_A, layer.lora_B))
-            if _is_whole(into, device) and _is_whole(out, device):
-                a.append(into.weight)
-                b.append(out.weight)
-    return a, b
+            # Past nn.Module's attributes, which cost more than all else here.
+            a, b = (_whole(layer._modules[kind]._modules[names[0]], device) for kind in ("lora_A", "lora_B"))
+            if a is not None and b is not None:
+                found.append((a, b))
+    return [a for a, _ in found], [b for _, b in found]
 
 
-def _is_whole(linear: Any, device: torch.device) -> bool:
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-        return False
-    weight, shape = linear.weight, (linear.out_features, linear.in_features)
-    return weight.shape == shape and weight.device == device and weight.is_contiguous()
+def _whole(linear: Any, device: torch.device) -> Tensor | None:
+    """A linear's weight, if all of it lies there."""
+    weight = linear._parameters.get("weight") if type(linear) is nn.Linear else None
+    if type(weight) is not nn.Parameter or weight.device != device or not weight.is_contiguous():
+        return None
+    return weight if weight.shape == (linear.out_features, linear.in_features) else None
 
 
 def _is_fused_alone(module: Any) -> bool:

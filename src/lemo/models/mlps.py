@@ -11,11 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lemo.models.frozen import computes_in_half, is_frozen
+from lemo.models.frozen import computes_in_half, frozen_output, is_frozen
 from lemo.sparse.gated import gated, gated_of_frozen, product
 from lemo.sparse.recompute import recomputed
 
@@ -51,8 +50,7 @@ def _forward(mlp: Any, store_less: bool, x: Tensor) -> Tensor:
     activation, silu = mlp.act_fn, type(mlp.act_fn) in _SILU
     linears = mlp.gate_proj, mlp.up_proj
     if x.dim() == 2 and computes_in_half(x) and all(is_frozen(linear, x) for linear in linears):
-        with torch.no_grad():
-            gate, up = (linear(x) for linear in linears)
+        gate, up = (frozen_output(linear, x) for linear in linears)
         wide = gated_of_frozen(x, gate, up, (linears[0].weight, linears[1].weight), activation, silu=silu)
     else:
         gate, up = (linear(x) for linear in linears)

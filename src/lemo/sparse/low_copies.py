@@ -14,6 +14,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 # Those of linears that share an input: each one's A and B.
 Group = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -34,8 +35,8 @@ def copied(groups: Sequence[Group], dtype: torch.dtype) -> Iterator[None]:
         return
     sizes = [x.numel() for x in matrices]
     store = torch.empty(sum(sizes), dtype=dtype, device=matrices[0].device)
-    low = [part.view(x.shape) for part, x in zip(store.split(sizes), matrices, strict=True)]
     with torch.no_grad():
+        low = list(_unflatten_dense_tensors(store, matrices))
         torch._foreach_copy_(low, matrices)
     found: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
     first = start = 0
