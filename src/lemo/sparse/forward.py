@@ -132,7 +132,7 @@ def _run_layer(hidden_BTD: Tensor, call: ForwardCall, plans: ForwardPlans, dropo
 
         # A norm on the residual path is a module, whose output others may hold.
         stream = own_stream(stream) if view.post_norm else stream
-        stream = own_gradient(_branch(stream, "mlp", feed, plans.mlp, call, call.mlp_bypass))
+        stream = _branch(stream, "mlp", feed, plans.mlp, call, call.mlp_bypass, last=True)
     return view.mlp_norm(stream) if view.post_norm else stream
 
 
@@ -143,19 +143,21 @@ def _branch(
     plan: TokenPlan,
     call: ForwardCall,
     bypass: Bypass | None,
+    last: bool = False,
 ) -> Tensor:
     """The stream with a branch's output added at the kept rows, the bypass's at the others; all of it in place.
 
     Args:
         stream_BTD: owned (`lemo.sparse.movement`).
         run: the branch, from its normalised input to its output, [kept, D] both; and what computes its input again.
+        last: whether the stream's gradient comes from outside.
     """
     stream_BTD, normed_ND, again = _read(stream_BTD, plan.rows, name, call)
-    stream_BTD = add_rows(stream_BTD, plan.rows, run(normed_ND, again))
+    stream_BTD = add_rows(stream_BTD, plan.rows, run(normed_ND, again), last=last and bypass is None)
     if bypass is not None:
         left = rows_left_out(plan, call.layout)
         stream_BTD, normed_ND, _ = _read(stream_BTD, left, name, call)
-        stream_BTD = add_rows(stream_BTD, left, bypass(normed_ND))
+        stream_BTD = add_rows(stream_BTD, left, bypass(normed_ND), last=last)
     return stream_BTD
 
 

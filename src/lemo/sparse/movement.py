@@ -67,15 +67,16 @@ def norm_again(kept_ND: Tensor, norm: NormWeights, dtype: torch.dtype) -> Tensor
     return ops.gather_norm(kept_ND, None, weight, bias, norm.eps, centered=norm.centered, dtype=dtype)[0]
 
 
-def add_rows(stream_BTD: Tensor, rows_N: Tensor, branch_ND: Tensor) -> Tensor:
+def add_rows(stream_BTD: Tensor, rows_N: Tensor, branch_ND: Tensor, *, last: bool = False) -> Tensor:
     """The stream with `branch` added to its rows, in place.
 
     Args:
         stream_BTD: owned.
         rows_N: int64, distinct.
         branch_ND: any floating dtype.
+        last: `own_gradient` of it too, by the same function.
     """
-    return _AddRows.apply(stream_BTD, rows_N, branch_ND)
+    return _AddRows.apply(stream_BTD, rows_N, branch_ND, last)
 
 
 def _ops(*tensors: Tensor) -> ModuleType:
@@ -161,20 +162,22 @@ class _ReadNormed(torch.autograd.Function):
 
 class _AddRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stream_BTD: Tensor, rows_N: Tensor, branch_ND: Tensor) -> Tensor:
+    def forward(ctx: Any, stream_BTD: Tensor, rows_N: Tensor, branch_ND: Tensor, last: bool) -> Tensor:
         _ops(stream_BTD, branch_ND).add_rows_(_flat(stream_BTD), rows_N, branch_ND.contiguous())
         ctx.mark_dirty(stream_BTD)
         ctx.save_for_backward(rows_N)
-        ctx.dtype = branch_ND.dtype
+        ctx.dtype, ctx.last = branch_ND.dtype, last
         return stream_BTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         (rows_N,) = ctx.saved_tensors
-        wants_stream, _, wants_branch = ctx.needs_input_grad
+        wants_stream, _, wants_branch, _ = ctx.needs_input_grad
+        if ctx.last:
+            grad_BTD = grad_BTD.clone(memory_format=torch.contiguous_format)
         of_branch = _ops(grad_BTD).gather_rows(_flat(grad_BTD), rows_N, ctx.dtype) if wants_branch else None
-        return grad_BTD if wants_stream else None, None, of_branch
+        return grad_BTD if wants_stream else None, None, of_branch, None
 
 
 def _flat(x_BTD: Tensor) -> Tensor:
