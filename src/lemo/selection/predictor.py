@@ -158,7 +158,6 @@ class Predictor(nn.Module):
         # Products the other way round, so that `scores` finds its rows in memory.
         return torch.relu(stacked.third.T @ torch.relu(stacked.second.T @ seen.T)).T
 
-    @torch.no_grad()
     def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
         """The first matrices for inputs before their norm. Made anew where the norm's weights have changed."""
         from lemo.kernels.prediction import FirstLook
@@ -167,19 +166,23 @@ class Predictor(nn.Module):
         made_from = (dtype, norm.eps, *((x.data_ptr(), x._version) for x in weights))
         if self._first_look is not None and self._first_look[0] == made_from:
             return self._first_look[1]
-        first = self._first_matrices()
-        shift = -self.center if norm.bias is None else norm.bias.float() - self.center
-        matrix = (first * norm.weight.float()).to(dtype).contiguous()
-        look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
+        with torch.no_grad():
+            first = self._first_matrices()
+            shift = -self.center if norm.bias is None else norm.bias.float() - self.center
+            matrix = (first * norm.weight.float()).to(dtype).contiguous()
+            look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
         self._first_look = (made_from, look)
         return look
 
-    @torch.no_grad()
     def _stack(self, dtype: torch.dtype) -> _Stacked:
         """Made once for a dtype and device."""
         held = self._stacked
-        if held is not None and held.first.dtype == dtype and held.first.device == self.center.device:
-            return held
+        if held is None or held.first.dtype != dtype or held.first.device != self.center.device:
+            held = self._stacked = self._stack_anew(dtype)
+        return held
+
+    @torch.no_grad()
+    def _stack_anew(self, dtype: torch.dtype) -> _Stacked:
         networks = list(self.by_name.values())
         seconds = [network.matrices[1] for network in networks]
         widths = [network.widths[0] for network in networks]
@@ -195,8 +198,7 @@ class Predictor(nn.Module):
         bias = -(first @ self.center)
         later = torch.promote_types(dtype, torch.float32) if self.pooled else dtype
         second, third = (matrix.T.to(later).contiguous() for matrix in (second, third))
-        self._stacked = _Stacked(first.to(dtype), bias.to(dtype), second, third)
-        return self._stacked
+        return _Stacked(first.to(dtype), bias.to(dtype), second, third)
 
     @property
     def numbers(self) -> int:
