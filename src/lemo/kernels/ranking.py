@@ -40,7 +40,7 @@ def top_rows(score: Tensor, documents: Tensor, kept: Tensor, rows: int, size: in
     BN = power_of_2(longest)
     launch(
         _top_rows, (len(documents),), score, documents, kept, out, size,
-        BN=BN, BS=min(power_of_2(size), max(1, _TILE // BN)), num_warps=4 if BN <= 512 else 8,
+        BN=BN, BS=min(power_of_2(size), max(1, _TILE // BN)), num_warps=min(16, max(4, BN // 256)),
     )  # fmt: skip
     return out
 
@@ -58,7 +58,7 @@ def later_products(outputs: Tensor, documents: Tensor, longest: int) -> Tensor:
     m = outputs.shape[1] // 2
     launch(
         _later_products, (len(documents),), outputs, documents, score, *outputs.stride(),
-        M=m, BN=BN, BM=min(power_of_2(m), max(1, _TILE // BN)), num_warps=4 if BN <= 512 else 8,
+        M=m, BN=BN, BM=min(power_of_2(m), max(1, _TILE // BN)), num_warps=min(16, max(4, BN // 256)),
     )  # fmt: skip
     return score
 
