@@ -63,6 +63,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
             "forward": quality_markdown(named("forward-lm", results), "lm"),
             "attend": quality_markdown(named("attend-lm", results), "lm"),
             "attend-retrieval": quality_markdown(named("attend-retrieval", results), "retrieval"),
+            "attend-extension": quality_markdown(named("attend-extension", results), "extension"),
         },
     }
 
