@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -43,20 +43,16 @@ def choose_sparsity(sparsity: SparsityConfig, lengths: Sequence[int], labelled_t
     """
     labelled, typical = labelled_tokens / sum(lengths), _typical(lengths)
     found = f"{labelled:.0%} of the tokens have labels, and half of them lie in sequences of {typical:,} tokens or more"
-    if labelled > MOST_LABELLED:
-        changes: dict[str, Any] = {"mode": "dense"}
-        reason = (
-            f"mode dense: {found}; where nearly all have labels nothing can be left out unseen (sparsity.attend and "
-            "policy segments give some of the gain for time: docs/quality.md)"
+    mode: Literal["dense", "backward"] = "dense" if labelled > MOST_LABELLED else "backward"
+    reason = f"mode {mode}: {found}"
+    if mode == "dense":
+        reason += (
+            "; with labels nearly everywhere nothing can be left out unseen (sparsity.attend and policy segments give "
+            "some of the gain for time: docs/quality.md)"
         )
-    else:
-        changes = {"mode": "backward"}
-        reason = f"mode backward: {found}"
-        if typical >= LONG:
-            reason += (
-                "; sparsity.attend={density: 0.25, labelled: dense} is faster still at this length (docs/quality.md)"
-            )
-    return Choice(SparsityConfig(tile_mib=sparsity.tile_mib, **changes), reason)
+    elif typical >= LONG:
+        reason += "; faster still at this length: sparsity.attend={density: 0.25, labelled: dense} (docs/quality.md)"
+    return Choice(SparsityConfig(mode=mode, tile_mib=sparsity.tile_mib), reason)
 
 
 def _typical(lengths: Sequence[int]) -> int:
