@@ -1,4 +1,5 @@
-"""Which launch is best for each block-sparse kernel: `python -m benchmarks.record_attend 65536 sweep`, about a minute.
+"""Which launch is best for each block-sparse kernel: `python -m benchmarks.sweep_attend TOKENS`, about a minute,
+to set `lemo.kernels.launches` by.
 
 Each kernel runs alone, by every launch that fits, for key blocks of 64 and 128, all rows and every eighth. Rates count
 the products that the kernel computes: two in the forward, three for queries, four for keys and values. A launch whose
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -139,3 +141,7 @@ def sweep(T: int) -> None:
 def shown(launch: Launch) -> str:
     turned = " by queries" if launch.by_queries else ""
     return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages{turned:11}"
+
+
+if __name__ == "__main__":
+    sweep(int(sys.argv[1]))
