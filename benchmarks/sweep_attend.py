@@ -49,11 +49,8 @@ def candidates(kernel: str, block: int) -> list[Launch]:
         sums = 2 * keys * D if kernel == "keys" else lanes * D
         if keys > block or scores + sums > 220 * 32 * warps:
             continue
-        # A warp group's tile has 64 lines: of keys, or where they are turned of queries.
         if kernel == "keys" and (warps == 4 or keys == 128):
             found.append(Launch(lanes, keys, warps, stages))
-        if kernel == "keys" and lanes >= 16 * warps:
-            found.append(Launch(lanes, keys, warps, stages, by_queries=True))
         # With fewer warps registers spill by hundreds of bytes.
         if kernel != "keys" and lanes == 16 * warps:
             found.append(Launch(lanes, keys, warps, stages))
@@ -139,8 +136,7 @@ def sweep(T: int) -> None:
 
 
 def shown(launch: Launch) -> str:
-    turned = " by queries" if launch.by_queries else ""
-    return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages{turned:11}"
+    return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages"
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def choose_sparsity(sparsity: SparsityConfig, lengths: Sequence[int], labelled_t
     reason = f"mode {mode}: {found}"
     if mode == "dense":
         reason += (
-            "; with labels nearly everywhere nothing can be left out unseen (sparsity.attend and policy segments give "
-            "some of the gain for time: docs/quality.md)"
+            "; with labels nearly everywhere nothing can be left out unseen (some of the gain for time: "
+            "sparsity={mode: dense, attend: {density: 0.25}} or sparsity={policy: segments}, docs/quality.md)"
         )
     elif typical >= LONG:
-        reason += "; faster still at this length: sparsity.attend={density: 0.25, labelled: dense} (docs/quality.md)"
+        reason += "; faster still at this length: sparsity={attend: {density: 0.25, labelled: dense}} (docs/quality.md)"
     return Choice(SparsityConfig(mode=mode, tile_mib=sparsity.tile_mib), reason)
 
 
