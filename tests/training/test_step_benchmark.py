@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from lemo.bench import records, step
+from lemo.bench import records, shapes, step
 from lemo.bench.liger import liger_kernels
 from lemo.bench.placements import KeepPlacement, Placements
-from lemo.bench.step_config import StepConfig
+from lemo.bench.step_config import StepConfig, load_step
 from lemo.errors import UserError
 from lemo.models import get_runtime
 from tiny import build
 
+OPT_FILE = Path(__file__).parents[2] / "benchmarks" / "step" / "forward_opt.yaml"
 SPREAD = {
     "method": "lemo-backward",
     "setting": "spread 0.5",
@@ -179,6 +180,30 @@ def test_forward_and_its_baselines(tmp_path: Path) -> None:
     assert sparse["tflop"] < checkpointed["tflop"] < lora["tflop"]
     assert checkpointed["stored_gib"] < sparse["stored_gib"] < lora["stored_gib"] / 2
     assert sparse["moved_gb"] < lora["moved_gb"]
+
+
+@pytest.mark.parametrize(("shape", "embedding"), [("opt-1.3b", 32), ("opt-350m", 24)])
+def test_opts_benchmark_at_a_small_size(
+    shape: str, embedding: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "vocab_size": 97}
+    monkeypatch.setitem(shapes.SHAPES, shape, shapes.SHAPES[shape] | small | {"word_embed_proj_dim": embedding})
+    overrides = [f"shapes=[{{name: {shape}, layers: 2}}]", "lengths=[512]", "warm_up=0", "repeats=1", "dtype=float32"]
+    config = load_step(OPT_FILE, output=str(tmp_path / "b"), device="cpu", overrides=overrides)
+    model = step.wrapped(config, step.Place(shape, 2, 512), config.methods[0], "cpu")
+    decoder = model.get_base_model().model.decoder
+    assert decoder.embed_positions.num_embeddings == 512 + 2
+    assert (decoder.project_in is None) == (embedding == 32)
+    assert decoder.layers[0].do_layer_norm_before == (shape == "opt-1.3b")
+    rows = step.run_steps(config)
+    assert [(r.method, r.keep) for r in rows] == [
+        ("lora", 1.0),
+        ("longlora", 1.0),
+        ("lemo-forward", 0.5),
+        ("lemo-forward", 0.25),
+    ]
+    stored = [(r.details or {})["stored_gib"] for r in rows]
+    assert stored[3] < stored[2] < stored[0] == stored[1]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m["method"])

@@ -23,13 +23,13 @@ class StepShape(Frozen):
     """A model's shape, with random weights.
 
     Args:
-        name: `llama-3-8b`, `qwen3-8b`, `llama-2-7b` or `smollm2-135m`.
+        name: `llama-3-8b`, `qwen3-8b`, `llama-2-7b`, `smollm2-135m`, `opt-1.3b` or `opt-350m`.
         layers: how many layers; None gives the model's own depth. Two rows of one shape with fewer layers give an
             extrapolation to full depth, which the report marks as such.
         lengths: sequence lengths in place of the benchmark's.
     """
 
-    name: Literal["llama-3-8b", "qwen3-8b", "llama-2-7b", "smollm2-135m"]
+    name: Literal["llama-3-8b", "qwen3-8b", "llama-2-7b", "smollm2-135m", "opt-1.3b", "opt-350m"]
     layers: int | None = Field(default=None, ge=1)
     lengths: tuple[Tokens, ...] | None = None
 
