@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -249,6 +251,50 @@ def test_models_made_after_ligers_row_are_transformers_own(fails: bool, monkeypa
 def test_liger_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lora\+ckpt\+liger needs"):
         step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt+liger"}]))
+    assert not (tmp_path / "b").exists()
+
+
+def test_trl_trains_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    methods = [{"method": "lora+ckpt"}, {"method": "trl"}]
+    config = benchmark(tmp_path / "b", methods=methods, warm_up=1, lora={"targets": ["q_proj", "o_proj"]})
+    model = step.wrapped(config, step.Place("smollm2-135m", 1, 64), config.methods[0], "cpu")
+    ours = model(**step.sequence(64, model.config.vocab_size, 8, "cpu")).loss.item()
+    seen: list[tuple[float, bool, set[str], set[torch.dtype]]] = []
+    whole = trl.SFTTrainer.training_step
+
+    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = whole(self, model, *args, **kwargs)
+        trained = {name.split(".")[-4]: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        recomputes = model.get_base_model().model.layers[0].gradient_checkpointing
+        seen.append((loss.item(), recomputes, set(trained), set(trained.values())))
+        return loss
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", training_step)
+    baseline, row = step.run_steps(config)
+    assert (row.method, row.steps, row.keep, row.task) == ("trl", 2, 1.0, "sft")
+    assert len(seen) == 3
+    assert "trl" in row.versions
+    assert "trl" not in baseline.versions
+    # B starts at zero, so the first loss is the model's.
+    assert seen[0][0] == pytest.approx(ours, rel=1e-5)
+    assert seen[2][0] < seen[0][0]
+    assert all(how == [True, {"q_proj", "o_proj"}, {torch.float32}] for _, *how in seen)
+    assert row.details is not None
+    assert baseline.details is not None
+    for key in ("tflop", "stored_gib", "moved_gb"):
+        assert row.details[key] == baseline.details[key]
+
+
+@pytest.mark.parametrize(("method", "missing"), [("trl", "trl"), ("trl+liger", "liger_kernel")])
+def test_trl_is_refused_where_it_cannot_run(
+    method: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(UserError, match=f"^{re.escape(method)} needs"):
+        step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt"}, {"method": method}]))
     assert not (tmp_path / "b").exists()
 
 

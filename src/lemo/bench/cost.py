@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lemo.bench.shapes import SHAPES, Widths
-from lemo.bench.step_config import checkpointed
+from lemo.bench.step_config import LIGER, checkpointed
 from lemo.config import PredictorConfig
 from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
@@ -63,7 +63,7 @@ def step_flop(
         return sum(part_flop(shape, layers, T, labels, keep, work, density).values())
     unit = _Units(shape, T)
     linear, attention = (3.0, 4.5) if checkpointed(method) else (2.0, 3.5)
-    head = unit.head(T if "liger" in method or "logits" in method else labels)
+    head = unit.head(T if method in (LIGER, "lora+logits") else labels)
     if method.startswith("longlora"):
         attention *= GROUPED_WORK
     if not method.startswith("lemo-forward"):
