@@ -25,6 +25,7 @@ FORWARD = {
     "forward2": "step-forward-llama-2-7b",
     "forward3": "step-forward-llama-3-8b",
     "forwardlong": "step-forward-long",
+    "forwardopt": "step-forward-opt",
 }
 SHAPES = {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}
 OUT = "out of memory"
