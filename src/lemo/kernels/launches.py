@@ -68,7 +68,6 @@ def _card(device: torch.device) -> tuple[int, int]:
     """Compute capability's first number, and bytes of shared memory that a program may have; a CPU has enough."""
     if device.type != "cuda":
         return 0, _LARGE_BYTES
-    with torch.cuda.device(device):
-        driver = triton.runtime.driver.active
-        memory = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
-    return torch.cuda.get_device_capability(device)[0], memory
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return torch.cuda.get_device_capability(index)[0], properties["max_shared_mem"]
