@@ -17,8 +17,11 @@ def computes_in_half(x: Tensor) -> bool:
 
 
 def is_frozen(linear: Any, x: Tensor) -> bool:
-    """Whether a module is an `nn.Linear` that neither trains nor is watched, in the dtype of its product with x."""
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__ or not unwatched(linear):
+    """Whether a module is an `nn.Linear` that neither trains nor is watched, in the dtype of its product with x.
+
+    Its weight is a plain matrix: a tensor that only poses as one (quantised, sharded) has products of its own.
+    """
+    if type(linear) is not nn.Linear or not untouched(linear) or type(linear.weight) is not nn.Parameter:
         return False
     trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
     return not trains and linear.weight.dtype == computes_in(x.device.type, x.dtype)
@@ -36,3 +39,8 @@ def unwatched(module: nn.Module) -> bool:
     """Whether no hook sees the module's input or output."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody watches it, and nobody gave it another `forward`."""
+    return "forward" not in module.__dict__ and unwatched(module)
