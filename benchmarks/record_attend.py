@@ -1,7 +1,6 @@
 """Block-sparse attention of Llama-3-8B's heads: forward, backward and the choice of blocks, beside torch's attention.
 
-`python -m benchmarks.record_attend TOKENS FILE.jsonl`, on a GPU; bf16. With `sweep` in the file's place it tries other
-launches of each kernel at density 0.15, to set those of `lemo.kernels.launches` by: `benchmarks.sweep_attend`.
+`python -m benchmarks.record_attend TOKENS FILE.jsonl`, on a GPU; bf16.
 
 Rates are per computed work: of a causal attention's operations (two products forward, five backward) the share that
 the lists hold. `kept rows` are every eighth token's queries, over the same lists.
@@ -127,10 +126,6 @@ def table(rows: list[Record]) -> str:
 
 if __name__ == "__main__":
     tokens, file = int(sys.argv[1]), sys.argv[2]
-    if file == "sweep":
-        from benchmarks.sweep_attend import sweep
-
-        sys.exit(sweep(tokens))
     found = dense_rows(tokens, SDPBackend.FLASH_ATTENTION, "FlashAttention-2")
     found += dense_rows(tokens, SDPBackend.CUDNN_ATTENTION, "cuDNN")
     for share in DENSITIES:

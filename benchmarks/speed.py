@@ -12,12 +12,20 @@ from lemo.report.step import Group, groups
 from lemo.report.step_line import Line
 
 # Step records: marker in docs/speed.md -> file name's end.
-STEPS = {"llama": "step-llama-3-8b", "qwen": "step-qwen3-8b", "qwen128": "step-qwen3-8b-128k", "parts": "step-parts"}
+STEPS = {
+    "llama": "step-llama-3-8b",
+    "qwen": "step-qwen3-8b",
+    "qwen128": "step-qwen3-8b-128k",
+    "attend": "step-attend",
+    "attend-sft": "step-attend-sft",
+    "parts": "step-parts",
+}
 # The same of mode `forward`, in docs/forward.md.
 FORWARD = {
     "forward2": "step-forward-llama-2-7b",
     "forward3": "step-forward-llama-3-8b",
     "forwardlong": "step-forward-long",
+    "forwardopt": "step-forward-opt",
 }
 SHAPES = {"llama-3-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B"}
 OUT = "out of memory"

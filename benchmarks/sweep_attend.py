@@ -1,4 +1,5 @@
-"""Which launch is best for each block-sparse kernel: `python -m benchmarks.record_attend 65536 sweep`, about a minute.
+"""Which launch is best for each block-sparse kernel: `python -m benchmarks.sweep_attend TOKENS`, about a minute,
+to set `lemo.kernels.launches` by.
 
 Each kernel runs alone, by every launch that fits, for key blocks of 64 and 128, all rows and every eighth. Rates count
 the products that the kernel computes: two in the forward, three for queries, four for keys and values. A launch whose
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -47,11 +49,8 @@ def candidates(kernel: str, block: int) -> list[Launch]:
         sums = 2 * keys * D if kernel == "keys" else lanes * D
         if keys > block or scores + sums > 220 * 32 * warps:
             continue
-        # A warp group's tile has 64 lines: of keys, or where they are turned of queries.
         if kernel == "keys" and (warps == 4 or keys == 128):
             found.append(Launch(lanes, keys, warps, stages))
-        if kernel == "keys" and lanes >= 16 * warps:
-            found.append(Launch(lanes, keys, warps, stages, by_queries=True))
         # With fewer warps registers spill by hundreds of bytes.
         if kernel != "keys" and lanes == 16 * warps:
             found.append(Launch(lanes, keys, warps, stages))
@@ -137,5 +136,8 @@ def sweep(T: int) -> None:
 
 
 def shown(launch: Launch) -> str:
-    turned = " by queries" if launch.by_queries else ""
-    return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages{turned:11}"
+    return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages"
+
+
+if __name__ == "__main__":
+    sweep(int(sys.argv[1]))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figure import draw_depths, draw_frontier, draw_speed
+from benchmarks.paper import paper_table
+from benchmarks.paper_figure import draw_paper
 from benchmarks.speed import FORWARD, STEPS, expected_table, full_depth, parts_tables, speed_table, step_records
 from lemo.bench.records import Record, read
 from lemo.report.ops import op_lines, ops_markdown
@@ -56,6 +58,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
         },
         FORWARD_PAGE: {
             **{marker: step_markdown(step_records(results, marker)) for marker in FORWARD},
+            "paper": paper_table(results),
             "ops": ops_markdown(op_lines(named("ops", results))),
         },
         QUALITY: {
@@ -63,6 +66,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
             "forward": quality_markdown(named("forward-lm", results), "lm"),
             "attend": quality_markdown(named("attend-lm", results), "lm"),
             "attend-retrieval": quality_markdown(named("attend-retrieval", results), "retrieval"),
+            "attend-extension": quality_markdown(named("attend-extension", results), "extension"),
         },
     }
 
@@ -168,6 +172,7 @@ if __name__ == "__main__":
         if text := page(file, parts):
             file.write_text(text, encoding="utf-8")
     draw_speed(full_depth(RESULTS), ROOT / "docs" / "speed.svg")
+    draw_paper(RESULTS, ROOT / "docs" / "paper-figures.svg")
     for study in studies(named("quality-*")):
         draw_frontier(study, ROOT / "docs" / f"quality-{study.task}.svg")
         draw_depths(study, ROOT / "docs" / f"quality-{study.task}-depths.svg")

@@ -116,7 +116,8 @@ class StepStats:
     Attributes:
         keep: per layer, (attention, mlp) share of tokens kept; (1, 1) where nothing was left out.
         fidelity: per layer, None where the mode has none.
-        density: share of causal attention computed in the forward, mean over layers; None where queries see everything.
+        density: share of causal attention computed in the forward, in mode `forward` of that among kept tokens; mean
+            over layers, None where queries see everything.
     """
 
     keep: tuple[tuple[float, float], ...]

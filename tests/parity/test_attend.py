@@ -366,6 +366,19 @@ def test_dense_passes_count_in_the_density(values: dict[str, Any], device: torch
     assert runtime.collect().density == pytest.approx((1.0 + alone[0]) / 2)
 
 
+def test_dense_passes_count_once_in_the_keep(device: torch.device) -> None:
+    settings = config(fidelity=1.0, keep=0.25, labelled="ranked", dense_share=0.5, attend=Attend(density=0.4, block=2))
+    _, sparse = pair("llama", device, settings)
+    runtime, keeps = runtime_of(sparse), []
+    for _ in range(2):
+        step(sparse, make_batch("plain", device))
+        keeps.append(runtime.collect().keep[1][0])
+    assert keeps[0] < keeps[1] == 1.0
+    for _ in range(2):
+        step(sparse, make_batch("plain", device))
+    assert runtime.collect().keep[1][0] == pytest.approx(sum(keeps) / 2)
+
+
 def test_each_layer_has_its_density(device: torch.device) -> None:
     densities = (0.3, 1.0, 0.6)
     _, sparse = pair("llama", device, config(mode="dense", attend=Attend(density=densities, block=2)))

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 import lemo
-from lemo.config import Attend, RunConfig, SparsityConfig
+from lemo.config import RunConfig, SparsityConfig
 from lemo.config_io import load_config
 from lemo.training import finetune
 from lemo.training.auto import choose_sparsity
@@ -23,9 +23,6 @@ AUTO = SparsityConfig(mode="auto")
         ([4096] * 4, 512, SparsityConfig(mode="backward")),
         ([4096] * 4, 4 * 4095, SparsityConfig(mode="dense")),
         ([65536], 65535, SparsityConfig(mode="dense")),
-        # Short sequences are many, but most tokens lie in long ones.
-        ([2048] * 10 + [65536], 4096, SparsityConfig(attend=Attend(density=0.25, labelled="dense"))),
-        ([2048] * 40 + [65536], 4096, SparsityConfig(mode="backward")),
     ],
 )
 def test_choices(lengths: list[int], labelled: int, chosen: SparsityConfig) -> None:
@@ -33,6 +30,13 @@ def test_choices(lengths: list[int], labelled: int, chosen: SparsityConfig) -> N
     assert choice.sparsity == chosen
     assert choice.reason.startswith(f"mode {chosen.mode}")
     assert f"{labelled / sum(lengths):.0%} of the tokens have labels" in choice.reason
+
+
+@pytest.mark.parametrize(("short", "hinted"), [(10, True), (40, False)])
+def test_where_most_tokens_lie_in_long_sequences_attend_is_hinted_at(short: int, hinted: bool) -> None:
+    choice = choose_sparsity(AUTO, [2048] * short + [65536], 4096)
+    assert choice.sparsity == SparsityConfig(mode="backward")
+    assert ("sparsity={attend: " in choice.reason) == hinted
 
 
 def test_tile_mib_is_the_users() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from lemo.bench import records, step
+from lemo.bench import records, shapes, step
 from lemo.bench.liger import liger_kernels
 from lemo.bench.placements import KeepPlacement, Placements
-from lemo.bench.step_config import StepConfig
+from lemo.bench.step_config import StepConfig, load_step
 from lemo.errors import UserError
 from lemo.models import get_runtime
 from tiny import build
 
+OPT_FILE = Path(__file__).parents[2] / "benchmarks" / "step" / "forward_opt.yaml"
 SPREAD = {
     "method": "lemo-backward",
     "setting": "spread 0.5",
@@ -181,6 +184,30 @@ def test_forward_and_its_baselines(tmp_path: Path) -> None:
     assert sparse["moved_gb"] < lora["moved_gb"]
 
 
+@pytest.mark.parametrize(("shape", "embedding"), [("opt-1.3b", 32), ("opt-350m", 24)])
+def test_opts_benchmark_at_a_small_size(
+    shape: str, embedding: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "vocab_size": 97}
+    monkeypatch.setitem(shapes.SHAPES, shape, shapes.SHAPES[shape] | small | {"word_embed_proj_dim": embedding})
+    overrides = [f"shapes=[{{name: {shape}, layers: 2}}]", "lengths=[512]", "warm_up=0", "repeats=1", "dtype=float32"]
+    config = load_step(OPT_FILE, output=str(tmp_path / "b"), device="cpu", overrides=overrides)
+    model = step.wrapped(config, step.Place(shape, 2, 512), config.methods[0], "cpu")
+    decoder = model.get_base_model().model.decoder
+    assert decoder.embed_positions.num_embeddings == 512 + 2
+    assert (decoder.project_in is None) == (embedding == 32)
+    assert decoder.layers[0].do_layer_norm_before == (shape == "opt-1.3b")
+    rows = step.run_steps(config)
+    assert [(r.method, r.keep) for r in rows] == [
+        ("lora", 1.0),
+        ("longlora", 1.0),
+        ("lemo-forward", 0.5),
+        ("lemo-forward", 0.25),
+    ]
+    stored = [(r.details or {})["stored_gib"] for r in rows]
+    assert stored[3] < stored[2] < stored[0] == stored[1]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m["method"])
 def test_a_method_is_what_its_name_says(method: dict[str, Any], tmp_path: Path) -> None:
     config = benchmark(tmp_path / "b", methods=[method], labels="all", lora={"targets": ["q_proj", "o_proj"]})
@@ -224,6 +251,50 @@ def test_models_made_after_ligers_row_are_transformers_own(fails: bool, monkeypa
 def test_liger_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lora\+ckpt\+liger needs"):
         step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt+liger"}]))
+    assert not (tmp_path / "b").exists()
+
+
+def test_trl_trains_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    methods = [{"method": "lora+ckpt"}, {"method": "trl"}]
+    config = benchmark(tmp_path / "b", methods=methods, warm_up=1, lora={"targets": ["q_proj", "o_proj"]})
+    model = step.wrapped(config, step.Place("smollm2-135m", 1, 64), config.methods[0], "cpu")
+    ours = model(**step.sequence(64, model.config.vocab_size, 8, "cpu")).loss.item()
+    seen: list[tuple[float, bool, set[str], set[torch.dtype]]] = []
+    whole = trl.SFTTrainer.training_step
+
+    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = whole(self, model, *args, **kwargs)
+        trained = {name.split(".")[-4]: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        recomputes = model.get_base_model().model.layers[0].gradient_checkpointing
+        seen.append((loss.item(), recomputes, set(trained), set(trained.values())))
+        return loss
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", training_step)
+    baseline, row = step.run_steps(config)
+    assert (row.method, row.steps, row.keep, row.task) == ("trl", 2, 1.0, "sft")
+    assert len(seen) == 3
+    assert "trl" in row.versions
+    assert "trl" not in baseline.versions
+    # B starts at zero, so the first loss is the model's.
+    assert seen[0][0] == pytest.approx(ours, rel=1e-5)
+    assert seen[2][0] < seen[0][0]
+    assert all(how == [True, {"q_proj", "o_proj"}, {torch.float32}] for _, *how in seen)
+    assert row.details is not None
+    assert baseline.details is not None
+    for key in ("tflop", "stored_gib", "moved_gb"):
+        assert row.details[key] == baseline.details[key]
+
+
+@pytest.mark.parametrize(("method", "missing"), [("trl", "trl"), ("trl+liger", "liger_kernel")])
+def test_trl_is_refused_where_it_cannot_run(
+    method: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(UserError, match=f"^{re.escape(method)} needs"):
+        step.run_steps(benchmark(tmp_path / "b", methods=[{"method": "lora+ckpt"}, {"method": method}]))
     assert not (tmp_path / "b").exists()
 
 

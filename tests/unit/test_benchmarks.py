@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.figure import draw_depths, draw_frontier, draw_speed  # noqa: E402
+from benchmarks.paper import pairs, paper_table  # noqa: E402
+from benchmarks.paper_figure import draw_paper  # noqa: E402
 from benchmarks.record_demo import record_of  # noqa: E402
 from benchmarks.speed import Depth, expected_table, full_depth, parts_tables, speed_table  # noqa: E402
 from benchmarks.table import README, RESULTS, compact_table, demo_table, named, page, replaced, tables  # noqa: E402
@@ -244,6 +246,57 @@ def test_the_speed_figure_shows_what_the_records_say(tmp_path):
     drawn = texts(tmp_path / "speed.svg")
     assert any("2.29×" in text for text in drawn)
     assert drawn == texts(ROOT / "docs" / "speed.svg"), "run: python -m benchmarks.table"
+
+
+def test_the_papers_numbers_stand_beside_what_was_measured(tmp_path):
+    def row(method, T, layers, step_ms, reserved, setting="default", gpu="a card"):
+        return Record(
+            bench="step", method=method, setting=setting, shape="llama-3-8b", T=T, gpu=gpu, step_ms=step_ms,
+            peak_reserved_gib=reserved, details={"layers": layers, "full_depth": 32},
+        )  # fmt: skip
+
+    assert paper_table(tmp_path) == ""
+    draw_paper(tmp_path, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+    (tmp_path / "g").mkdir()
+    half = ("lemo-forward", "lemo-forward+ckpt")
+    rows = [
+        row("lora", 4096, 4, 1.0, 1.0),
+        row(half[0], 4096, 4, 1.0, 1.0, "keep 0.5"),
+        row("lora", 4096, 32, 300.0, 40.0),
+        row(half[0], 4096, 32, 200.0, 20.0, "keep 0.5"),
+        row(half[0], 4096, 32, 100.0, 10.0, "keep 0.25"),
+        row("lora", 8192, 32, None, None),
+        row(half[0], 8192, 32, 400.0, 30.0, "keep 0.5"),
+        row("lora+ckpt", 65536, 8, 4000.0, 9.0),
+        row(half[1], 65536, 8, 2000.0, 5.0, "keep 0.5"),
+        row(half[1], 131072, 8, 2000.0, 5.0, "keep 0.5", gpu="another"),
+    ]
+    write(rows, tmp_path / "g" / "d_step-forward-long.jsonl")
+    assert {key: pair.layers for key, pair in pairs(tmp_path).items()} == {
+        ("llama-3-8b", 4096): 32,
+        ("llama-3-8b", 8192): 32,
+    }
+    lines = [[cell.strip() for cell in line.split("|")[1:4]] for line in paper_table(tmp_path).splitlines()]
+    assert lines[0][2] == "ours, a card"
+    cells = {what: (theirs, ours) for what, theirs, ours in lines[2:]}
+    memory = "{} tokens: memory, LoRA → tokens left out".format
+    assert cells[memory("Llama-3-8B, 4,096")] == ("48.3 GB → 31.0 GB, ×1.56", "40.0 GiB → 20.0 GiB, ×2.00")
+    assert cells[memory("Llama-3-8B, 8,192")] == ("79.0 GB → 43.5 GB, ×1.82", "out of memory → 30.0 GiB")
+    assert cells[memory("OPT-350M, 65,536")] == ("out of memory → 55.0 GB", "not measured")
+    assert cells["Llama-2-7B, 65,536 tokens: a step, LoRA → tokens left out"][1] == "4,000 → 2,000 ms, ×2.00"
+    draw_paper(tmp_path, tmp_path / "some.svg")
+    assert (tmp_path / "some.svg").exists()
+
+
+def test_the_papers_figure_shows_what_the_records_say(tmp_path):
+    def texts(path):
+        return re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
+
+    draw_paper(RESULTS, tmp_path / "paper.svg")
+    drawn = texts(tmp_path / "paper.svg")
+    assert any("the paper" in text for text in drawn)
+    assert drawn == texts(ROOT / "docs" / "paper-figures.svg"), "run: python -m benchmarks.table"
 
 
 @pytest.mark.parametrize("study", studies(named("quality-*")), ids=lambda study: study.task)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lemo.bench.cost import GROUPED_WORK, attended_work, causal_work, kept_work, part_flop, step_flop
 from lemo.bench.cost_memory import moved_bytes, stored_bytes
+from lemo.bench.shapes import build_shape
+from lemo.bench.step_config import load_step
 from lemo.config import Attend
 from lemo.selection.attend import build_grid, build_grid_of_kept, choose_blocks
 from lemo.selection.layout import build_layout
@@ -121,6 +125,39 @@ def test_stored_bytes_by_hand() -> None:
     assert stored_bytes("llama-2-7b", 32, 8192, "lemo-forward", targets, 0.5, 0.25) == 32 * 8192 * 2 * sparse
     assert stored_bytes("llama-2-7b", 32, 8192, "lora+ckpt", targets) == 32 * 8192 * 2 * D
     assert stored_bytes("llama-2-7b", 32, 8192, "lora", "all-linear") == 32 * 8192 * 2 * (lora + 2 * D + F)
+
+
+def test_opt_by_hand() -> None:
+    """No gate, as many heads of keys, MLPs four times as wide; the small one's norms follow the addition."""
+    targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+    for shape, D in (("opt-1.3b", 2048), ("opt-350m", 1024)):
+        # Two norms in fp32, four inputs of LoRA, q, k, v and attention's output, the activation.
+        assert stored_bytes(shape, 24, 8192, "lora", targets) == 24 * 8192 * 2 * (4 + 4 + 4 + 4) * D
+        rows = 5 * D + 5 * D if shape == "opt-1.3b" else 5 * D + 4 * D
+        norms = 0 if shape == "opt-1.3b" else 4 * D
+        sparse = stored_bytes(shape, 24, 8192, "lemo-forward", targets, 0.5, 0.5)
+        assert sparse == 24 * 8192 * 2 * (0.5 * rows + norms)
+    linear, attention = 2 * 1024 * 12 * 1024 * 1024, 2 * 1024 * 1025 * 1024
+    # Its head takes 512 numbers a token.
+    cost = step_flop("opt-350m", 2, 1024, 64, "lora")
+    assert cost == pytest.approx(2 * (2 * linear + 3.5 * attention) + 4 * 64 * 512 * 50272)
+
+
+def test_opts_longest_length_is_twice_what_lora_fits() -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / "step" / "forward_opt.yaml"
+    config = load_step(file)
+    for shape in config.shapes:
+        *_, longest, twice = shape.lengths or ()
+        weights = sum(p.numel() for p in build_shape(shape.name, 24, twice, torch.bfloat16, "meta").parameters()) * 2
+
+        def gib(T: int, method: str, keep: float, name: str = shape.name, weights: int = weights) -> float:
+            return (weights + stored_bytes(name, 24, T, method, config.lora.targets, keep, keep)) / 2**30
+
+        # What a step needs besides is less than a tenth.
+        assert 70 < gib(longest, "lora", 1.0) < 76
+        assert gib(1.1 * longest, "lora", 1.0) > 80
+        assert twice == 2 * longest
+        assert gib(twice, "lemo-forward", 0.25) < 60
 
 
 def test_more_kept_moves_more_and_weights_are_always_read() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lemo.models
-from lemo.config import Segments, SparsityConfig
+from lemo.config import Attend, Segments, SparsityConfig
 from lemo.errors import UserError
 from lemo.evaluation import evaluate, gradient_agreement, sample_completion
 from tiny import VOCAB, build, causal_lm, make_batch
@@ -247,6 +247,17 @@ def test_agreement_is_perfect_when_everything_is_kept() -> None:
     found = gradient_agreement(model, training_batch(label_all=True))
     assert found["cosine"] == pytest.approx(1.0, abs=1e-6)
     assert found["norm_ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_pass_that_would_run_dense_is_compared_all_the_same() -> None:
+    attend = Attend(density=0.5, block=2)
+    segments = Segments(spans=4, drawn=1)
+    config = SparsityConfig(policy="segments", segments=segments, block_size=4, attend=attend, dense_share=0.5)
+    model = lemo.models.sparsify(build("llama"), config)
+    runtime = lemo.models.get_runtime(model)
+    for _ in range(2):
+        assert gradient_agreement(model, training_batch(label_all=True))["cosine"] < 0.9999
+        runtime.passes += 1
 
 
 @pytest.mark.parametrize("sparsity", ["energy", "segments", "forward"])

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lemo.models import lora
+from lemo.models.frozen import is_frozen
 from lemo.models.fused import fused as fused_modules
 from lemo.sparse.low_copies import copied, in_dtype
 from lemo.sparse.low_rank import Added, add_low_rank
@@ -280,3 +281,23 @@ def test_matrices_that_are_not_whole_are_left_to_their_linear() -> None:
     cpu = torch.device("cpu")
     assert [len(x) for x in lora.matrices_of(linears(model), cpu)] == [1, 1]
     assert lora.matrices_of(linears(model), torch.device("meta")) == ([], [])
+
+
+class Posing(Tensor):
+    """As quantised weights do: a tensor with the dtype it stands for and products of its own."""
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+def test_hooks_on_loras_parts_are_heard(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heard = adapted(lora_dropout=0.5 if part == "lora_dropout" else 0.0).eval(), []
+    getattr(model.up, part)["default"].register_forward_hook(lambda *_: heard.append(part))
+    calls = spy(monkeypatch)
+    run(model, torch.randn(8, 24), True, torch.bfloat16)
+    assert (len(heard), calls) == (1, [(8, 40)])
+
+
+def test_a_linear_whose_weight_only_poses_as_a_matrix_runs_itself() -> None:
+    linear, x = nn.Linear(24, 40).bfloat16().requires_grad_(False), torch.randn(8, 24).bfloat16()
+    assert is_frozen(linear, x)
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(Posing), requires_grad=False)
+    assert not is_frozen(linear, x)

@@ -11,6 +11,7 @@ import torch
 from lemo.bench import op_movement, ops, records
 from lemo.bench.op_movement import kept_rows
 from lemo.bench.ops_config import OpsConfig
+from lemo.bench.records import Record
 from lemo.errors import UserError
 from lemo.report import build_records
 from lemo.report.ops import op_lines, ops_markdown
@@ -52,9 +53,35 @@ def test_every_operation_by_every_implementation(tmp_path: Path) -> None:
     assert rows == records.read(tmp_path / "b" / "records.jsonl")
     lines = op_lines(rows)
     assert next(line for line in lines if line.details.op == "movement: read, add").by_bytes == pytest.approx(2.4)
-    assert len(ops_markdown(lines).splitlines()) == 4 + len(rows)
+    assert len(ops_markdown(lines).splitlines()) == 4 + len(OPERATIONS) + 1
     assert ops_markdown([]) == ""
     assert "movement: backward" in build_records(tmp_path / "b").read_text()
+
+
+def test_the_compact_table_has_a_row_an_operation_and_length() -> None:
+    def row(op: str, by: str, T: int, keep: float | None, ms: float | None, gib: float | None) -> Record:
+        details = {"op": op, "implementation": by, "gigabytes": 2.0 if by == "naive" else 1.0, "tflop": 0.0}
+        details |= {"floor_ms": 1.0, "copy_gb_per_s": 1.0, "ceiling_tflop_per_s": 1.0, "above_gib": gib}
+        return Record(
+            bench="op", method="lora", shape="width 8", T=T, keep=keep, step_ms=ms, gpu="a card", details=details
+        )
+
+    rows = [
+        row("movement: add", by, T, keep, ms * keep, ms / 10)
+        for T in (64, 128)
+        for keep in (0.5, 0.25, 0.125)
+        for by, ms in (("kernels", 4.0), ("twin", 40.0), ("naive", 12.0))
+    ]
+    rows += [row("loss", "lemo", 64, None, 2.0, 0.1), row("loss", "liger", 64, None, 4.0, 0.0)]
+    rows.append(row("loss", "logits", 64, None, None, None))
+    text = ops_markdown(op_lines(rows)).splitlines()
+    both = "2.000 · 1.000 | ×3.00 · ×3.00 | ×2.00 · ×2.00 | 50% · 100% | 0.400 · 0.400 | 1.200 · 1.200 |"
+    assert text[4:] == [
+        f"| movement: add, width 8 | 64 | {both}",
+        f"| movement: add, width 8 | 128 | {both}",
+        "| loss, width 8 | 64 | 2.000 | n/a | ×1.00 | 50% | 0.100 | out of memory |",
+        "| loss, width 8, by liger | 64 | 4.000 | n/a | ×1.00 | 25% | 0.000 | out of memory |",
+    ]
 
 
 def test_a_stopped_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_activities_are_means_of_tokens() -> None:
     torch.testing.assert_close(found, mlp_informativeness(by_token, layout, causal=False))
 
 
-@pytest.mark.parametrize("lengths", [(25, 35), (16, 16), (3, 40, 8, 1)])
+@pytest.mark.parametrize("lengths", [(25, 35), (16, 16), (3, 40, 8, 1), (200, *(9 * [1]))])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("branch", KINDS)
 def test_a_batch_is_its_documents(branch: str, causal: bool, lengths: tuple[int, ...]) -> None:

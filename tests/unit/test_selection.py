@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lemo.config import BranchSelection, Segments
 from lemo.selection.energy import block_energy, select_by_energy
-from lemo.selection.layout import build_layout
+from lemo.selection.layout import build_layout, rows_left_out
 from lemo.selection.placement import place_blocks
 from lemo.selection.ranking import block_cap
 from lemo.selection.scores import attention_informativeness, block_pair_scores, mlp_informativeness, select_by_score
@@ -229,7 +230,7 @@ def ranked_by_the_book(score, layout, keep):
     return kept
 
 
-@pytest.mark.parametrize("lengths", [[40], [37], [3, 29, 4, 1, 13], [16, 16], [8, 21]])
+@pytest.mark.parametrize("lengths", [[40], [37], [3, 29, 4, 1, 13], [16, 16], [8, 21], [80, 1, 2, 1, 9, 1, 1]])
 @pytest.mark.parametrize("keep", [0.1, 0.4, 0.5, 0.99])
 def test_the_highest_blocks_of_every_document(lengths, keep):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -245,3 +246,5 @@ def test_the_highest_blocks_of_every_document(lengths, keep):
         ends = [sum(row < end for row in rows) for _, end in layout.documents]
         assert plan.cu_seqlens == (0, *ends)
         assert plan.keep == len(rows) / sum(lengths)
+        left = rows_left_out(replace(plan, known_rows=None), layout)
+        assert left.tolist() == sorted({*range(sum(lengths))} - {*rows})

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from lemo.bench.shapes import SHAPES
-from lemo.bench.step_config import checkpointed
+from lemo.bench.shapes import SHAPES, Widths
+from lemo.bench.step_config import LIGER, checkpointed
 from lemo.config import PredictorConfig
 from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
@@ -63,7 +63,7 @@ def step_flop(
         return sum(part_flop(shape, layers, T, labels, keep, work, density).values())
     unit = _Units(shape, T)
     linear, attention = (3.0, 4.5) if checkpointed(method) else (2.0, 3.5)
-    head = unit.head(T if "liger" in method or "logits" in method else labels)
+    head = unit.head(T if method in (LIGER, "lora+logits") else labels)
     if method.startswith("longlora"):
         attention *= GROUPED_WORK
     if not method.startswith("lemo-forward"):
@@ -94,19 +94,17 @@ class _Units:
     """Operations of one layer's dense forward."""
 
     def __init__(self, shape: str, T: int) -> None:
-        values = SHAPES[shape]
-        D, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
-        d = values.get("head_dim", D // heads)
-        self.key_value = float(2 * T * 2 * D * kv_heads * d)
-        self.attention_linear = self.key_value + 2 * T * 2 * D * heads * d
-        self.mlp_linear = float(2 * T * 3 * D * values["intermediate_size"])
+        w = Widths.of(shape)
+        self.key_value = float(2 * T * 2 * w.D * w.K)
+        self.attention_linear = self.key_value + 2 * T * 2 * w.D * w.A
+        self.mlp_linear = float(2 * T * len(w.mlp) * w.D * w.F)
         self.linear = self.attention_linear + self.mlp_linear
         # Two networks' first matrices in attention, one's in the MLP.
-        self.choice = float(2 * T * D * 3 * PredictorConfig().widths[0])
+        self.choice = float(2 * T * w.D * 3 * PredictorConfig().widths[0])
         # q·k and p·v, each 2·d for each visible pair.
-        self.attention = float(2 * T * (T + 1) * heads * d)
+        self.attention = float(2 * T * (T + 1) * w.A)
         # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.
-        self._a_row = 2 * 2 * D * values["vocab_size"]
+        self._a_row = 2 * 2 * w.head * SHAPES[shape]["vocab_size"]
 
     def head(self, rows: int) -> float:
         """The language-model head's products with the loss of so many rows, forward and backward."""

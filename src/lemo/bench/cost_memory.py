@@ -10,54 +10,24 @@ MLP's width:
 | LoRA | the input of each adapted linear, cast for each anew | none: q's, k's and v's is the norm, computed again |
 | attention | A + 2 K + A | the same; the output is o's input too |
 | MLP | 3 F: gate, its activation, up | 2 F: gate, up |
+| MLP without a gate (ReLU) | F: the activation | F |
+| norms after the addition | 2 · 2 D: their inputs are fp32 | D, each LoRA's input; 2 · 2 D of every token |
 
 LoRA's inner numbers, norms' reciprocals and softmax denominators are left out: less than 1%. With checkpointing, and in
 `backward` mode, D of every token.
 
 Moved are the operands and results of matrix products, each once a product, and passes over the residual stream: a
 branch of transformers' 5 forward (norm 2, addition 3) and 8 backward, of `forward` 5 k and 6 k beside a copy each way
-(`lemo.bench.op_movement`); attention's own operands once forward and twice backward, the activation's 3 F and 5 F.
+(`lemo.bench.op_movement`); attention's own operands once forward and twice backward, the activation's 3 F and 5 F, or 2
+F and 3 F without a gate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from lemo.bench.shapes import SHAPES
+from lemo.bench.shapes import Widths
 from lemo.bench.step_config import checkpointed
 
 _BYTES = 2
-_OF_MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Numbers a token of one layer: D, A, K, F as above."""
-
-    D: int
-    A: int
-    K: int
-    F: int
-
-    @classmethod
-    def of(cls, shape: str) -> Widths:
-        values = SHAPES[shape]
-        D, heads = values["hidden_size"], values["num_attention_heads"]
-        d = values.get("head_dim", D // heads)
-        return cls(D, heads * d, values["num_key_value_heads"] * d, values["intermediate_size"])
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each linear by its name in the attention module or MLP."""
-        D, A, K, F = self.D, self.A, self.K, self.F
-        return {
-            "q_proj": (D, A),
-            "k_proj": (D, K),
-            "v_proj": (D, K),
-            "o_proj": (A, D),
-            "gate_proj": (D, F),
-            "up_proj": (D, F),
-            "down_proj": (F, D),
-        }
 
 
 def stored_bytes(
@@ -82,12 +52,14 @@ def stored_bytes(
     w = Widths.of(shape)
     if checkpointed(method) or method.startswith("lemo-backward"):
         return float(layers * T * _BYTES * w.D)
-    attention = 2 * w.A + 2 * w.K
+    attention, norms = 2 * w.A + 2 * w.K, 2 * 2 * w.D
     if method.startswith("lemo-forward"):
-        per_token = keep * (w.D + attention) + mlp_keep * (w.D + 2 * w.F)
+        per_token = keep * (w.D + attention) + mlp_keep * (w.D + (2 if w.gated else 1) * w.F)
+        per_token += 0 if w.pre_norm else norms - mlp_keep * w.D
     else:
-        adapted = sum(width for name, (width, _) in w.linears().items() if targets == "all-linear" or name in targets)
-        per_token = 2 * 2 * w.D + adapted + attention + 3 * w.F
+        linears = {**w.attention, **w.mlp}
+        adapted = sum(width for name, (width, _) in linears.items() if targets == "all-linear" or name in targets)
+        per_token = norms + adapted + attention + (3 if w.gated else 1) * w.F
     return float(layers * T * _BYTES * per_token)
 
 
@@ -97,15 +69,12 @@ def moved_bytes(shape: str, layers: int, T: int, method: str, keep: float = 1.0,
     sparse = method.startswith("lemo-forward")
     k_attention, k_mlp = (keep, mlp_keep) if sparse else (1.0, 1.0)
     forwards = 2 if checkpointed(method) else 1
-    weights = sum(width * out for width, out in w.linears().values())
-    in_attention, in_mlp = (
-        sum(width + out for name, (width, out) in w.linears().items() if (name in _OF_MLP) == of_mlp)
-        for of_mlp in (False, True)
-    )
+    weights = sum(width * out for width, out in (*w.attention.values(), *w.mlp.values()))
+    in_attention, in_mlp = (sum(width + out for width, out in linears.values()) for linears in (w.attention, w.mlp))
     # Gradients of inputs alone: one product for each of the forward's.
     per_token = (forwards + 1) * (k_attention * in_attention + k_mlp * in_mlp)
     per_token += (forwards + 2) * k_attention * 2 * (w.A + w.K)
-    per_token += (forwards * 3 + 5) * k_mlp * w.F
+    per_token += (forwards * 3 + 5 if w.gated else forwards * 2 + 3) * k_mlp * w.F
     forward, backward, copy = (5, 6, 2) if sparse else (5, 8, 0)
     per_token += ((forwards * forward + backward) * (k_attention + k_mlp) + (forwards + 1) * copy) * w.D
     return float(layers * _BYTES * ((forwards + 1) * weights + T * per_token))

@@ -11,16 +11,20 @@ from typing import Any
 from lemo.errors import UserError
 
 
-def check_liger(device: str) -> None:
+def check_liger(device: str, method: str) -> None:
     """Refuses Liger's kernels where they can't run.
+
+    Args:
+        device: where they would run.
+        method: the row that asks for them.
 
     Raises:
         UserError: liger-kernel isn't installed, or the device is no GPU.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("lora+ckpt+liger needs liger-kernel; pip install liger-kernel, or leave the method out")
+        raise UserError(f"{method} needs liger-kernel; pip install liger-kernel, or leave the method out")
     if device == "cpu":
-        raise UserError("lora+ckpt+liger needs a GPU; leave the method out, or give --device cuda")
+        raise UserError(f"{method} needs a GPU; leave the method out, or give --device cuda")
 
 
 @contextmanager
@@ -28,15 +32,25 @@ def liger_kernels(causal_lm: Any) -> Iterator[None]:
     """Inside, a transformers CausalLM runs with all of Liger's kernels: norms, rotation, SwiGLU, fused linear loss.
 
     Args:
-        causal_lm: the model; it stays patched and must not be used afterwards. What Liger replaces in transformers'
-            module of the architecture (classes and functions, which later models would be made of) is put back.
+        causal_lm: the model; it stays patched and must not be used afterwards.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    with modeling_kept(causal_lm):
+        _apply_liger_kernel_to_instance(model=causal_lm)
+        yield
+
+
+@contextmanager
+def modeling_kept(causal_lm: Any) -> Iterator[None]:
+    """What Liger replaces inside in transformers' module of the architecture is put back: later models are made of it.
+
+    Args:
+        causal_lm: a model of the architecture.
+    """
     module = sys.modules[type(causal_lm.get_decoder().layers[0].self_attn).__module__]
     before = dict(vars(module))
     try:
-        _apply_liger_kernel_to_instance(model=causal_lm)
         yield
     finally:
         vars(module).update(before)

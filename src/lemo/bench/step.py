@@ -28,8 +28,9 @@ from lemo.bench.parts import time_parts
 from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape, full_depth
-from lemo.bench.step_config import LIGER, StepConfig, StepMethod, load_step
+from lemo.bench.step_config import StepConfig, StepMethod, load_step
 from lemo.bench.timing import free_memory, timed
+from lemo.bench.trl_step import check_trl, trl_steps
 from lemo.config import PredictorConfig, RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
@@ -96,8 +97,11 @@ def run_steps(config: StepConfig, *, resume: bool = False) -> list[Record]:
     console = Console(stderr=True)
     directory = Path(config.output)
     device = choose_device(config.device)
-    if any(method.method == LIGER for method in config.methods):
-        check_liger(device)
+    for method in config.methods:
+        if method.trl:
+            check_trl()
+        if method.liger:
+            check_liger(device, method.method)
     if config.placements is not None:
         read_placements(Path(config.placements))
     for method in config.methods:
@@ -168,10 +172,22 @@ def measure(
 
 
 def _measure(config: StepConfig, place: Place, method: StepMethod, device: str) -> Measured:
+    if method.trl:
+        return _steps_of_trl(config, place, method, device)
     model = wrapped(config, place, method, device)
-    liger = method.method == LIGER
-    with liger_kernels(model.get_base_model()) if liger else nullcontext():
+    with liger_kernels(model.get_base_model()) if method.liger else nullcontext():
         return _steps(config, place, method, model, device)
+
+
+def _steps_of_trl(config: StepConfig, place: Place, method: StepMethod, device: str) -> Measured:
+    model = _base(config, place, device)
+    batch = sequence(place.T, model.config.vocab_size, config.labelled(place.T), "cpu")
+    counts = {"warm_up": config.warm_up, "repeats": config.repeats}
+    steps = trl_steps(model, batch, config.lora, device, **counts, liger=method.liger)
+    peak = steps.peak
+    return Measured(
+        steps.seconds, 1.0, 1.0, 1.0, None, None, 1.0, peak.peak_gib, peak.peak_reserved_gib, steps.weights_gib, None
+    )
 
 
 def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, device: str) -> Measured:
@@ -229,8 +245,7 @@ def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, dev
 
 def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -> Any:
     """A model of the place's shape with a LoRA adapter, as `lemo finetune` would train it with the method."""
-    torch.manual_seed(0)
-    base = build_shape(place.shape, place.layers, place.T, getattr(torch, config.dtype), device)
+    base = _base(config, place, device)
     run = RunConfig(
         lora=config.lora,
         sparsity=method.sparsity or SparsityConfig(mode="dense"),
@@ -257,6 +272,11 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
 
         runtime.placement = place_once
     return model
+
+
+def _base(config: StepConfig, place: Place, device: str) -> Any:
+    torch.manual_seed(0)
+    return build_shape(place.shape, place.layers, place.T, getattr(torch, config.dtype), device)
 
 
 def random_predictors(layers: int, width: int, device: str) -> dict[tuple[int, str], Predictor]:
@@ -305,7 +325,7 @@ def record(
         batch=1,
         setting=method.setting,
         steps=config.repeats,
-        versions=versions(),
+        versions=versions(*method.packages),
         concurrent=1,
     )
     row.commit = config.commit or row.commit

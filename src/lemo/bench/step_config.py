@@ -17,26 +17,27 @@ from lemo.config_io import flags, load
 
 STRONG_BASELINE: Literal["lora+ckpt"] = "lora+ckpt"
 LIGER: Literal["lora+ckpt+liger"] = "lora+ckpt+liger"
+TRL = ("trl", "trl+liger")
 
 
 class StepShape(Frozen):
     """A model's shape, with random weights.
 
     Args:
-        name: `llama-3-8b`, `qwen3-8b`, `llama-2-7b` or `smollm2-135m`.
+        name: `llama-3-8b`, `qwen3-8b`, `llama-2-7b`, `smollm2-135m`, `opt-1.3b` or `opt-350m`.
         layers: how many layers; None gives the model's own depth. Two rows of one shape with fewer layers give an
             extrapolation to full depth, which the report marks as such.
         lengths: sequence lengths in place of the benchmark's.
     """
 
-    name: Literal["llama-3-8b", "qwen3-8b", "llama-2-7b", "smollm2-135m"]
+    name: Literal["llama-3-8b", "qwen3-8b", "llama-2-7b", "smollm2-135m", "opt-1.3b", "opt-350m"]
     layers: int | None = Field(default=None, ge=1)
     lengths: tuple[Tokens, ...] | None = None
 
 
 def checkpointed(method: str) -> bool:
     """Whether a method recomputes whole layers by gradient checkpointing."""
-    return "+ckpt" in method or method == "lemo-attend"
+    return "+ckpt" in method or method == "lemo-attend" or method in TRL
 
 
 class StepMethod(Frozen):
@@ -45,10 +46,12 @@ class StepMethod(Frozen):
     Args:
         method: `lora`: PEFT LoRA and the segmented loss. `lora+logits`: the same with transformers' own loss, of all
             logits. `lora+ckpt`: `lora` with gradient checkpointing, the strong baseline. `lora+ckpt+liger`: the same
-            with Liger's kernels and its loss. `longlora`: `lora` with LongLoRA's shifted attention in four groups.
-            `lemo-backward`, `lemo-attend`, `lemo-backward+attend`, `lemo-forward`: as `sparsity` says; `lemo-forward`
-            chooses by predictors with random weights, of the size they have before they shrink: which blocks that gives
-            says nothing about a real model, what it costs does. With `+ckpt` it and LongLoRA are checkpointed.
+            with Liger's kernels and its loss. `trl`: the same adapter trained by TRL's SFTTrainer, with gradient
+            checkpointing and its own loss; `trl+liger`: with `use_liger_kernel` too; no `parts` of either. `longlora`:
+            `lora` with LongLoRA's shifted attention in four groups. `lemo-backward`, `lemo-attend`,
+            `lemo-backward+attend`, `lemo-forward`: as `sparsity` says; `lemo-forward` chooses by predictors with random
+            weights, of the size they have before they shrink: which blocks that gives says nothing about a real model,
+            what it costs does. With `+ckpt` it and LongLoRA are checkpointed.
         setting: names the row's knobs; unique among the rows of one method.
         sparsity: the lemo methods' settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
@@ -63,6 +66,8 @@ class StepMethod(Frozen):
         "lora+logits",
         "lora+ckpt",
         "lora+ckpt+liger",
+        "trl",
+        "trl+liger",
         "longlora",
         "longlora+ckpt",
         "lemo-backward",
@@ -99,6 +104,21 @@ class StepMethod(Frozen):
     def forward(self) -> bool:
         """Whether tokens are left out of the forward pass."""
         return self.method.startswith("lemo-forward")
+
+    @property
+    def trl(self) -> bool:
+        """Whether TRL's trainer makes the steps."""
+        return self.method in TRL
+
+    @property
+    def liger(self) -> bool:
+        """Whether Liger's kernels run."""
+        return self.method.endswith("+liger")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What runs beside transformers and PEFT, to be recorded with its version."""
+        return (("trl",) if self.trl else ()) + (("liger-kernel",) if self.liger else ())
 
     @property
     def checkpointed(self) -> bool:

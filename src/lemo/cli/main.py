@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +34,8 @@ Model = Annotated[str | None, typer.Option("--model", help="Local directory or H
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="A setting, as in sparsity.fidelity=0.9; may be repeated.")
 ]
+Output = Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")]
+Missing = Annotated[bool, typer.Option("--resume", help="Measure what the benchmark in --output lacks.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 
@@ -71,7 +73,7 @@ def calibrate(
     config: Config = None,
     data: Data = None,
     model: Model = None,
-    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    output: Output = None,
     overrides: Set = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the calibration in --output.")] = False,
@@ -136,7 +138,7 @@ app.add_typer(bench, name="bench")
 def bench_quality(
     config: Annotated[Path, typer.Option("--config", help="YAML file: a task and the methods compared on it.")],
     model: Model = None,
-    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    output: Output = None,
     overrides: Set = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Run what the study in --output lacks.")] = False,
@@ -146,57 +148,57 @@ def bench_quality(
     from lemo.bench.config import load_quality
 
     study = load_quality(config, model=model, output=output, device=device, overrides=overrides or [])
-    with _work(as_json):
+
+    def measure() -> list[Any]:
         from lemo.bench.quality import run_study
 
-        with _kept(study.output, "finished rows are"):
-            rows = run_study(study, resume=resume)
-        path = _report(Path(study.output))
-    _print_records(as_json, len(rows), path)
+        return run_study(study, resume=resume)
+
+    _benchmark(measure, study.output, as_json)
 
 
 @bench.command("step")
 def bench_step(
     config: Annotated[Path, typer.Option("--config", help="YAML file: shapes, lengths and methods.")],
-    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    output: Output = None,
     overrides: Set = None,
     device: Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Measure what the benchmark in --output lacks.")] = False,
+    resume: Missing = False,
     as_json: Json = False,
 ) -> None:
     """Time and memory of a training step by method, model shape (random weights) and length."""
     from lemo.bench.step_config import load_step
 
     settings = load_step(config, output=output, device=device, overrides=overrides or [])
-    with _work(as_json):
+
+    def measure() -> list[Any]:
         from lemo.bench.step import run_steps
 
-        with _kept(settings.output, "finished rows are"):
-            rows = run_steps(settings, resume=resume)
-        path = _report(Path(settings.output))
-    _print_records(as_json, len(rows), path)
+        return run_steps(settings, resume=resume)
+
+    _benchmark(measure, settings.output, as_json)
 
 
 @bench.command("ops")
 def bench_ops(
     config: Annotated[Path, typer.Option("--config", help="YAML file: operations and sizes.")],
-    output: Annotated[str | None, typer.Option("--output", help="Directory; must be absent or empty.")] = None,
+    output: Output = None,
     overrides: Set = None,
     device: Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Measure what the benchmark in --output lacks.")] = False,
+    resume: Missing = False,
     as_json: Json = False,
 ) -> None:
     """Time and memory of single operations: our kernels, their plain twins, the naive way and other libraries."""
     from lemo.bench.ops_config import load_ops
 
     settings = load_ops(config, output=output, device=device, overrides=overrides or [])
-    with _work(as_json):
+
+    def measure() -> list[Any]:
         from lemo.bench.ops import run_ops
 
-        with _kept(settings.output, "finished rows are"):
-            rows = run_ops(settings, resume=resume)
-        path = _report(Path(settings.output))
-    _print_records(as_json, len(rows), path)
+        return run_ops(settings, resume=resume)
+
+    _benchmark(measure, settings.output, as_json)
 
 
 @app.command()
@@ -227,7 +229,18 @@ def _print(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False) if as_json else "\n".join(lines))
 
 
-def _print_records(as_json: bool, count: int, path: Path) -> None:
+def _benchmark(measure: Callable[[], list[Any]], output: str, as_json: bool) -> None:
+    """A benchmark's rows, then their report.
+
+    Args:
+        measure: measures what `output` lacks, with --resume, and returns all rows; imports what it needs itself.
+        output: the benchmark's directory.
+        as_json: --json.
+    """
+    with _work(as_json):
+        with _kept(output, "finished rows are"):
+            count = len(measure())
+        path = _report(Path(output))
     _print(as_json, {"records": count, "report": str(path)}, [f"{count} records", f"report: {path}"])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lemo.evaluation.modes import training_mode
 from lemo.models import dense, get_runtime
+from lemo.models.runtime import flag
 
 
 class GradientAgreement(TypedDict):
@@ -39,13 +40,17 @@ def gradient_agreement(model: nn.Module, batch: Mapping[str, Any]) -> GradientAg
     Raises:
         ValueError: the model isn't sparsified, or its dense gradient is zero (no labels, nothing trainable).
     """
-    if get_runtime(model) is None:
+    runtime = get_runtime(model)
+    if runtime is None:
         raise ValueError("this model isn't sparsified; call lemo.sparsify(model, config) first")
+    # A pass that happens to be one of the dense ones would compare nothing.
+    sparsely = runtime.config.model_copy(update={"dense_share": None})
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     with _undisturbed(model, parameters), training_mode(model, True):
-        sparse = _gradients(model, inputs, parameters)
+        with flag(runtime, "config", sparsely):
+            sparse = _gradients(model, inputs, parameters)
         with dense(model):
             exact = _gradients(model, inputs, parameters)
     product = sparse_square = exact_square = 0.0

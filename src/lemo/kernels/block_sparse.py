@@ -73,7 +73,7 @@ def block_sparse_forward(
     out = new(N, H, d, device=q_HNd.device, dtype=q_HNd.dtype)
     lse = new(H, N, device=q_HNd.device, dtype=torch.float32)
     launch = (launches or _launches(q_HNd, queries.lists)).forward
-    constants, tiles = _by_queries(q_HNd, K, queries, launch)
+    constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
     if len(tiles.block):
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
@@ -123,7 +123,7 @@ def query_gradient(
     new = torch.zeros if queries.lists.grid.padded else torch.empty
     delta = new(H, N, device=q_HNd.device, dtype=torch.float32)
     dq = new(q_HNd.shape, device=q_HNd.device, dtype=q_HNd.dtype)
-    constants, tiles = _by_queries(q_HNd, K, queries, launch)
+    constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
     if len(tiles.block):
         with torch.cuda.device_of(q_HNd):
             backward_queries[(len(tiles.block) * (H // K // constants["HEADS"]), K)](
@@ -149,7 +149,7 @@ def key_gradients(
     """Gradients of keys and values, [K, M, d] each; `delta_HN` is `query_gradient`'s."""
     K, N = k_KMd.shape[0], q_HNd.shape[1]
     lists, grid = queries.lists, queries.lists.grid
-    constants, tiles = _by_queries(q_HNd, K, queries, launch)
+    constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
     if queries.host_rows is None:
         # Every query block stands for as many tiles as the longest has.
         seen_by, first, end = lists.turned, grid.here.query_first, grid.here.query_end
@@ -168,7 +168,7 @@ def key_gradients(
             scale * LOG2_E, scale, N, K,
             *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dk.stride(),
             **constants,
-            CHUNKS=chunks, FULL=full, BY_QUERIES=launch.by_queries,
+            CHUNKS=chunks, FULL=full,
         )  # fmt: skip
     return dk, dv
 
@@ -177,7 +177,7 @@ def _launches(q_HNd: Tensor, lists: BlockLists) -> Launches:
     return launches_for(q_HNd.shape[-1] * q_HNd.element_size(), lists.grid.key_block, q_HNd.device)
 
 
-def _by_queries(q_HNd: Tensor, K: int, queries: Queries, launch: Launch) -> tuple[dict[str, Any], RowTiles]:
+def _constants_and_tiles(q_HNd: Tensor, K: int, queries: Queries, launch: Launch) -> tuple[dict[str, Any], RowTiles]:
     """A kernel's constants, and the tiles that these make of the queries."""
     H, d, grid = q_HNd.shape[0], q_HNd.shape[-1], queries.lists.grid
     (lanes, heads), keys = queries.shape(H // K, launch), min(launch.keys, grid.key_block)

@@ -195,7 +195,6 @@ def _key_gradient(
     sqh, sqn, sqd, soh, son,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr,
-    BY_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Over tiles `start` to `stop`, of which those from `leap_at` on lie `leap` further on."""
     SPLIT: tl.constexpr = GROUP // HEADS
@@ -216,18 +215,10 @@ def _key_gradient(
         else:
             lse = tl.load(LSE + h * N + first + place_lse)
             delta = tl.load(DELTA + h * N + first + place_lse)
-        if BY_QUERIES:
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
-            if MASKED:
-                p = tl.where(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT), p, 0.0)
-            dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-            ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-            dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
-        else:
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
-            if MASKED:
-                p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
-            dk, dv = key_step(p, q, do, delta, v, dk, dv, PRECISION)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+        if MASKED:
+            p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
+        dk, dv = key_step(p, q, do, delta, v, dk, dv, PRECISION)
     return dk, dv
 
 
@@ -239,7 +230,7 @@ def backward_keys(
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
-    CUT: tl.constexpr, BY_QUERIES: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
     TILES: tl.constexpr = CHUNKS * (GROUP // HEADS)
@@ -266,13 +257,12 @@ def backward_keys(
     dk, dv = _key_gradient(
         k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS,
         seen * TILES, (own + unseen - ragged) * TILES, own * TILES, (ragged - own) * TILES, kv, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT, BY_QUERIES,
+        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT,
     )  # fmt: skip
     dk, dv = _key_gradient(
         k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS,
         own * TILES, ragged * TILES, 0, 0, kv, N, scale_log2, dk, dv,
         sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, not FULL, False, CUT,
-        BY_QUERIES,
     )  # fmt: skip
     store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)
     store_tile(DV + kv * sgh, dv, keys, limit, sgn, sgd, D, BD)

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,12 @@ class Launch:
         keys: most keys of a tile, a power of two; a key block of fewer is a tile.
         warps: of a program.
         stages: tiles in flight, 1 for none beside the one at work.
-        by_queries: gradients of keys and values: products of queries and keys have a line a query, and are turned; or
-            a line a key, and aren't.
     """
 
     lanes: int
     keys: int
     warps: int
     stages: int
-    by_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,29 +37,37 @@ class Launches:
 
 # Rows of a head of at most so many bytes leave room for tiles in flight.
 _SMALL_BYTES = 256
-_LARGE = Launches(Launch(128, 64, 8, 1), Launch(128, 64, 8, 1), Launch(64, 64, 4, 1))
-# By compute capability's first number, 0 for any other, and key block, up to 64 and 128.
-_SMALL = {
-    (9, 64): Launches(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
-    (9, 128): Launches(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 2)),
-    (0, 64): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
-    (0, 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
+# Wider ones need up to 144 KiB of a multiprocessor's memory, more than many cards have; there a tile of 32.
+_LARGE = Launches(Launch(128, 64, 8, 1), Launch(64, 64, 4, 1), Launch(64, 64, 4, 1))
+_LARGE_BYTES = 144 * 2**10
+_TIGHT = Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))
+_SMALL = Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2))
+# By key block, up to 64 and 128: `benchmarks.sweep_attend` on an H100.
+_HOPPER = {
+    64: Launches(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+    128: Launches(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 2)),
 }
 
 
 def launches_for(row_bytes: int, key_block: int, device: torch.device) -> Launches:
-    """What was found best, or is known to fit.
+    """What was found best, or fits by its size.
 
     Args:
         row_bytes: of a row of one head.
         key_block: tokens of a key block.
         device: of the tensors.
     """
+    generation, memory = _card(device)
     if row_bytes > _SMALL_BYTES:
-        return _LARGE
-    return _SMALL[_generation(device), 128 if key_block > 64 else 64]
+        return _LARGE if memory >= _LARGE_BYTES else _TIGHT
+    return _HOPPER[128 if key_block > 64 else 64] if generation == 9 else _SMALL
 
 
 @functools.cache
-def _generation(device: torch.device) -> int:
-    return 9 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else 0
+def _card(device: torch.device) -> tuple[int, int]:
+    """Compute capability's first number, and bytes of shared memory that a program may have; a CPU has enough."""
+    if device.type != "cuda":
+        return 0, _LARGE_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return torch.cuda.get_device_capability(index)[0], properties["max_shared_mem"]

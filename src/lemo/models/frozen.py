@@ -18,8 +18,11 @@ def computes_in_half(x: Tensor) -> bool:
 
 
 def is_frozen(linear: Any, x: Tensor) -> bool:
-    """Whether a module is an `nn.Linear` that neither trains nor is watched, in the dtype of its product with x."""
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__ or not unwatched(linear):
+    """Whether a module is an `nn.Linear` that neither trains nor is watched, in the dtype of its product with x.
+
+    Its weight is a plain matrix: a tensor that only poses as one (quantised, sharded) has products of its own.
+    """
+    if type(linear) is not nn.Linear or not untouched(linear) or type(linear.weight) is not nn.Parameter:
         return False
     weight, bias = linear.weight, linear.bias
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -42,3 +45,8 @@ def unwatched(module: nn.Module) -> bool:
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody watches it, and nobody gave it another `forward`."""
+    return "forward" not in module.__dict__ and unwatched(module)

@@ -18,7 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lemo.models.frozen import computes_in_half, output_of, unwatched
+from lemo.models.frozen import computes_in_half, output_of, untouched, unwatched
 from lemo.sparse.low_rank import Added, add_low_rank
 
 _log = logging.getLogger("lemo")
@@ -52,6 +52,8 @@ def _reason_against(layer: Any) -> str | None:
             return f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
         if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
             return "LoRA matrices with a bias, or that aren't linears"
+        if not all(map(untouched, (a, b, dropout))):
+            return "hooks on LoRA's matrices or dropout, or another forward of theirs"
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0:
             return "LoRA dropout"
         if not isinstance(dropout, (nn.Identity, nn.Dropout)):

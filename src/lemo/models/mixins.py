@@ -313,7 +313,7 @@ def _rotary(kwargs: dict[str, Any], state: BatchState) -> Rotary:
     # The layers of a model share one pair, so they share its flattened copy too.
     if state.rotary is None or state.rotary[0] is not pair:
         B, T = state.layout.shape
-        cos, sin = (x.expand(B, T, x.shape[-1]).reshape(B * T, -1) for x in pair)
+        cos, sin = (x.expand(B, T, x.shape[-1]).reshape(B * T, -1).contiguous() for x in pair)
         state.rotary = (pair, (cos, sin))
     return state.rotary[1]
 

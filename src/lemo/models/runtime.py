@@ -140,8 +140,10 @@ class Runtime:
             before, now = (int(n * self.config.dense_share + 1e-9) for n in (self.passes - 1, self.passes))
             self.state.dense = now > before
             if self.state.dense:
-                for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
-                    self._keeps.setdefault((layer, branch), []).append(1.0)
+                # Mode `backward` notes what it keeps in its backward, whatever the pass.
+                if self.config.mode != "backward":
+                    for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
+                        self._keeps.setdefault((layer, branch), []).append(1.0)
                 if self.config.attend is not None:
                     self._densities.extend([1.0] * self.layers)
         if training and not self.state.dense:

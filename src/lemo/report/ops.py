@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -28,6 +28,20 @@ _HEADS = (
     "beyond in- and outputs, GiB",
 )
 _WORDS = ("operation", "by")
+# Shares of the blocks kept that the compact table shows, in this order.
+_KEEPS = (0.5, 0.25)
+_BETWEEN = " · "
+_OUT = "out of memory"
+_COMPACT_HEADS = (
+    "operation",
+    "T",
+    "ms",
+    "speed-up",
+    "by bytes",
+    "of floor",
+    "GiB beyond in- and outputs",
+    "the plain way's",
+)
 
 
 class Details(BaseModel):
@@ -128,18 +142,57 @@ def render_ops(lines: Sequence[OpLine]) -> str:
 
 
 def ops_markdown(lines: Sequence[OpLine]) -> str:
-    """A GitHub table for each device, or nothing."""
+    """A GitHub table for each device, or nothing: a row an operation and length, whose cells go through `_KEEPS`.
+
+    Of an operation that has kernels the twin has no row; the plain way is in the others' cells.
+    """
     parts = []
     for gpu in dict.fromkeys(line.row.gpu for line in lines):
-        rows = [f"| {' | '.join(_cells(line))} |" for line in lines if line.row.gpu == gpu]
-        parts.append("\n".join([f"On {gpu}.\n", f"| {' | '.join(_HEADS)} |", "|" + "---|" * len(_HEADS), *rows]))
+        mine = [line for line in lines if line.row.gpu == gpu and line.details.implementation not in _PLAIN]
+        kernels = {line.details.op for line in mine if line.details.implementation == "kernels"}
+        rows: dict[tuple[str, int], list[OpLine]] = {}
+        for line in mine:
+            op, by = line.details.op, line.details.implementation
+            if line.row.keep in (None, *_KEEPS) and not (by == "twin" and op in kernels):
+                words = "" if by in ("kernels", "lemo") else f", by {by}"
+                rows.setdefault((f"{op}, {line.row.shape}{words}", line.row.T or 0), []).append(line)
+        cells = (_compact(name, T, found) for (name, T), found in rows.items())
+        table = [f"| {' | '.join(row)} |" for row in (_COMPACT_HEADS, *cells)]
+        parts.append("\n".join([f"On {gpu}.\n", table[0], "|" + "---|" * len(_COMPACT_HEADS), *table[1:]]))
     return "\n\n".join(parts)
+
+
+def _compact(name: str, T: int, lines: Sequence[OpLine]) -> list[str]:
+    """A cell has the value at each of `_KEEPS`, or only one where nothing is left out."""
+    found = {line.row.keep: line for line in lines}
+    shown = [found[None]] if None in found else [found.get(keep) for keep in _KEEPS]
+
+    def cell(value: Callable[[OpLine], str]) -> str:
+        return _BETWEEN.join("n/a" if line is None else value(line) for line in shown)
+
+    return [
+        name,
+        f"{T:,}",
+        cell(lambda line: _number(line.row.step_ms, ",.3f")),
+        cell(lambda line: _number(line.speed_up, ".2f", "×")),
+        cell(lambda line: _number(line.by_bytes, ".2f", "×")),
+        cell(lambda line: _number(line.of_floor, ".0%")),
+        cell(lambda line: _number(line.details.above_gib, ".3f")),
+        cell(_plain_gib),
+    ]
+
+
+def _plain_gib(line: OpLine) -> str:
+    if line.plain is None:
+        return "n/a"
+    row, details = line.plain
+    return _OUT if row.step_ms is None else _number(details.above_gib, ".3f")
 
 
 def _cells(line: OpLine) -> list[str]:
     row, details = line.row, line.details
     if row.step_ms is None or row.step_ms_min is None or row.step_ms_max is None:
-        time = "out of memory"
+        time = _OUT
     else:
         time = f"{row.step_ms:,.3f} ({row.step_ms_min:,.3f} to {row.step_ms_max:,.3f})"
     return [

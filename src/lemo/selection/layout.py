@@ -98,10 +98,13 @@ def table_of_documents(layout: SequenceLayout) -> Tensor:
 
 
 def rows_left_out(plan: TokenPlan, layout: SequenceLayout) -> Tensor:
-    """The documents' rows that a plan doesn't keep, int64, ascending."""
-    left = layout.on_host.block_of_row.numpy() >= 0
-    left[plan.host_rows.numpy()] = False
-    return torch.from_numpy(np.flatnonzero(left)).to(plan.rows.device, non_blocking=True)
+    """The documents' rows that a plan doesn't keep, int64, ascending; where their number is known nothing waits."""
+    if plan.known_rows is not None:
+        left = layout.on_host.block_of_row.numpy() >= 0
+        left[plan.known_rows.numpy()] = False
+        return torch.from_numpy(np.flatnonzero(left)).to(plan.rows.device, non_blocking=True)
+    taken = (layout.block_of_row < 0).index_fill_(0, plan.rows, True)
+    return taken.to(torch.uint8).argsort(stable=True)[: layout.real_tokens - len(plan.rows)]
 
 
 def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[int, int], ...]:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lemo.kernels.prediction import FirstLook
 
 LAYERS = 3
+# Documents of a batch side by side are at most so many times its blocks; else they come one by one.
+_PADDED = 4
 
 
 class LowRankNetwork(nn.Module):
@@ -236,6 +238,9 @@ class Predictor(nn.Module):
         """
         # torch adds up along rows ten times as fast as along columns.
         by_row = outputs.T.contiguous()
+        if len(counts) * max(counts) > _PADDED * len(outputs):
+            parts = by_row.split(counts, 1)
+            return torch.cat([self.scores(x.T, (n,), causal) for x, n in zip(parts, counts, strict=True)])
         side = side_by_side(counts, outputs.device)
         if len(counts) == 1:
             return self._scores(by_row[:, None], side.counts, causal)[0]

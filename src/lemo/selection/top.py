@@ -2,8 +2,6 @@
 
 How many blocks a document keeps is known before any score, and only its last block can be short, which is always kept:
 so numbers of rows are known too, and ranks alone are the scores' to decide: on a GPU in one kernel.
-
-Shapes: n blocks of the longest document.
 """
 
 from __future__ import annotations
@@ -36,26 +34,20 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class _Ranking:
-    """What scores don't decide, without the kernel.
+class _Candidates:
+    """The batch's blocks in the order in which equal ranks count, int64 [blocks] each.
 
     Attributes:
-        block: int64 [documents, n], a document's first block, its last, then the others; filled up with any.
-        first_row: int64 [documents, n], of these blocks.
-        free: bool [documents, n], blocks that are ranked by their score.
-        fixed: fp32 [documents, n], the others' rank: edges go first, what fills up last; 0 where free.
-        kept: int64 [kept blocks], places in the flattened ranking.
-        offset: int64 [block size], rows of a block.
-        there: which rows of kept blocks are tokens.
+        block: of each document its first block, its last, then the others.
+        first_row: of these.
+        document: of these; None where there is one.
+        free: bool, those that are ranked by their score.
     """
 
     block: Tensor
     first_row: Tensor
+    document: Tensor | None
     free: Tensor
-    fixed: Tensor
-    kept: Tensor
-    offset: Tensor
-    there: Tensor | slice
 
 
 def plan_of_top(score: Tensor, layout: SequenceLayout, keep: float) -> TokenPlan:
@@ -78,7 +70,7 @@ def plan_of_top(score: Tensor, layout: SequenceLayout, keep: float) -> TokenPlan
         documents = table_of_documents(layout)
         rows = top_rows(score.contiguous(), documents, kept.places, total, layout.block_size, longest)
     else:
-        rows = _top_rows(score, layout, keep, kept)
+        rows = _top_rows(score, layout, keep, kept.blocks)
     return TokenPlan(rows, kept.cu_seqlens, keep=total / layout.real_tokens)
 
 
@@ -96,44 +88,49 @@ def _how_much(layout: SequenceLayout, keep: float) -> _Kept | None:
     return _Kept(kept, (0, *ends.tolist()), places.to(layout.block_tokens.device, non_blocking=True))
 
 
-def _top_rows(score: Tensor, layout: SequenceLayout, keep: float, kept: _Kept) -> Tensor:
-    key = ("ranking", keep)
-    if key not in layout.made:
-        layout.made[key] = _ranking(layout, kept.blocks)
-    ranking: _Ranking = layout.made[key]
+def _top_rows(score: Tensor, layout: SequenceLayout, keep: float, kept: np.ndarray) -> Tensor:
+    made = layout.made
+    if "candidates" not in made:
+        made["candidates"] = _candidates(layout)
+        made["offset"] = torch.arange(layout.block_size, device=score.device)
+    if ("places", keep) not in made:
+        made["places", keep] = _places(layout, kept)
+    among: _Candidates = made["candidates"]
+    places, there = made["places", keep]
     # Subtracted, not negated: a negated NaN has a sign, which a radix sort heeds.
-    ahead = torch.where(ranking.free, ranking.fixed - score[ranking.block], ranking.fixed)
-    first_rows = ranking.first_row.gather(1, ahead.argsort(stable=True)).flatten()[ranking.kept].sort().values
-    return (first_rows[:, None] + ranking.offset).flatten()[ranking.there]
+    order = torch.where(among.free, 0.0 - score[among.block], float("-inf")).argsort(stable=True)
+    if among.document is not None:
+        order = order[among.document[order].argsort(stable=True)]
+    first_rows = among.first_row[order][places].sort().values
+    return (first_rows[:, None] + made["offset"]).flatten()[there]
 
 
-def _ranking(layout: SequenceLayout, kept: np.ndarray) -> _Ranking:
-    host, device, size = layout.on_host, layout.block_tokens.device, layout.block_size
+def _candidates(layout: SequenceLayout) -> _Candidates:
+    host = layout.on_host
+    first, document = host.first_block.numpy(), host.document_of_block.numpy()
     blocks = np.array(layout.blocks_per_document)
+    place = np.arange(blocks.sum()) - first[document]
+    last = first[document] + blocks[document] - 1
+    block = np.where(place == 0, first[document], np.where(place == 1, last, first[document] + place - 1))
+    device = layout.block_tokens.device
+    block, first_row, of, free = (
+        torch.from_numpy(x).to(device, non_blocking=True)
+        for x in (block, host.first_row_of_block.numpy()[block], document, place >= 2)
+    )
+    return _Candidates(block, first_row, of if len(blocks) > 1 else None, free)
 
-    def here(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
 
-    column, first = np.arange(blocks.max())[None], host.first_block.numpy()[:, None]
-    real = column < blocks[:, None]
-    block = first + np.where(real, np.where(column == 1, blocks[:, None] - 1, np.maximum(column - 1, 0)), 0)
-    fixed = np.where(real, np.where(column < 2, -np.inf, 0.0), np.nan).astype(np.float32)
+def _places(layout: SequenceLayout, kept: np.ndarray) -> tuple[Tensor, Tensor | slice]:
+    """Kept blocks' places in the ranking, int64, and which of their rows are tokens."""
+    host, device, size = layout.on_host, layout.block_tokens.device, layout.block_size
+    blocks, first = np.array(layout.blocks_per_document), host.first_block.numpy()
     # Sorted, each document's last block is the last that it keeps.
     last = kept.cumsum() - 1
-    short = size - host.block_tokens.numpy()[host.first_block.numpy() + blocks - 1]
-    tokens = (kept * size - short).cumsum()
-    there: Tensor | slice = slice(int(tokens[-1]))
+    short = size - host.block_tokens.numpy()[first + blocks - 1]
+    there: Tensor | slice = slice(int((kept * size - short).sum()))
     if short[:-1].any():
         full = np.ones((kept.sum(), size), dtype=bool)
         full[last] = np.arange(size) < (size - short)[:, None]
-        there = here(np.flatnonzero(full))
-
-    return _Ranking(
-        block=here(block),
-        first_row=here(host.first_row_of_block.numpy()[block]),
-        free=here(real & (column >= 2)),
-        fixed=here(fixed),
-        kept=here(np.flatnonzero(column < kept[:, None])),
-        offset=torch.arange(size, device=device),
-        there=there,
-    )
+        there = torch.from_numpy(np.flatnonzero(full)).to(device, non_blocking=True)
+    places = np.repeat(first - (last + 1 - kept), kept) + np.arange(kept.sum())
+    return torch.from_numpy(places).to(device, non_blocking=True), there

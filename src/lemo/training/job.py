@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import lemo
-from lemo.config import RunConfig
+from lemo.config import LoraConfig, RunConfig
 from lemo.data import Collator, Loaded, load
 from lemo.errors import UserError
 from lemo.evaluation import EvaluationResult, Sample, compare_positions, evaluate, gradient_agreement, sample_completion
@@ -118,24 +118,14 @@ def prepare_model(model: Any, config: RunConfig) -> Any:
     Raises:
         UserError: LoRA's targets don't exist, or the sparsity doesn't fit the model.
     """
-    lora = config.lora
     # LoRA's initial weights come from torch's generator.
     set_seed(config.training.seed)
     try:
-        model = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number does
-                lora_dropout=lora.dropout,
-                target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        model = peft.get_peft_model(model, adapter_config(config.lora))
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise UserError(
-            f"lora.targets {lora.targets}: {' '.join(str(error).split())[:200]}; this model's linears are "
+            f"lora.targets {config.lora.targets}: {' '.join(str(error).split())[:200]}; this model's linears are "
             f"{', '.join(names)}"
         ) from error
     try:
@@ -146,6 +136,17 @@ def prepare_model(model: Any, config: RunConfig) -> Any:
     if config.training.gradient_checkpointing and config.sparsity.mode != "backward":
         _checkpoint_activations(model)
     return model
+
+
+def adapter_config(lora: LoraConfig) -> peft.LoraConfig:
+    """PEFT's configuration of the adapter."""
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number does
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
 
 
 def _checkpoint_activations(model: Any) -> None:

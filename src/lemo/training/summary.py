@@ -103,10 +103,10 @@ def totals(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that decide a run's numbers."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide a run's numbers, and of `more` packages."""
     found = {"python": python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
