@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.kernels.tiles import LOG2_E, key_step, load_tile, query_step, softmax_step, store_tile
+from lemo.kernels.tiles import (
+    LOG2_E,
+    key_step,
+    load_tile,
+    power_of_2,
+    query_step,
+    softmax_step,
+    store_tile,
+    tiles_of,
+)
 
 # Of one tile. Kept rows ascend, so 64 of them lie close together and the tile's bounds are tight.
 _ROWS, _KEYS = 64, 64
@@ -42,7 +51,7 @@ def attention_forward(
     if N:
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
-            _forward[(triton.cdiv(N, _ROWS), H)](
+            _forward[(tiles_of(N, _ROWS), H)](
                 q_HNd, k_KMd, v_KMd, out, lse, lo_N, hi_N,
                 scale * LOG2_E, N,
                 *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), out.stride(1), out.stride(0),
@@ -73,12 +82,12 @@ def attention_backward(
     strides = (*q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0))
     with torch.cuda.device_of(q_HNd):
         if N:
-            _backward_queries[(triton.cdiv(N, _ROWS), H)](
+            _backward_queries[(tiles_of(N, _ROWS), H)](
                 q_HNd, k_KMd, v_KMd, out_NHd, grad_NHd, lse_HN, delta, dq, lo_N, hi_N,
                 scale * LOG2_E, scale, N, *strides, *dq.stride(),
                 **constants,
             )  # fmt: skip
-        _backward_keys[(triton.cdiv(M, _KEYS), K)](
+        _backward_keys[(tiles_of(M, _KEYS), K)](
             q_HNd, k_KMd, v_KMd, grad_NHd, lse_HN, delta, dk, dv, lo_N, hi_N,
             scale * LOG2_E, scale, N, M, *strides, *dk.stride(),
             **constants,
@@ -91,7 +100,7 @@ def _constants(q_HNd: Tensor, k_KMd: Tensor) -> dict[str, object]:
     return {
         "GROUP": q_HNd.shape[0] // k_KMd.shape[0],
         "D": d,
-        "BD": max(16, triton.next_power_of_2(d)),
+        "BD": max(16, power_of_2(d)),
         "BM": _ROWS,
         "BN": _KEYS,
         # Tensor cores round fp32 to 10 bits of mantissa; fp32 is for those who want it exact.

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lemo.kernels.block_lists import BlockLists, RowTiles
 from lemo.kernels.block_sparse_kernels import backward_keys, backward_queries, forward
 from lemo.kernels.launches import Launch, Launches, launches_for
-from lemo.kernels.tiles import LOG2_E
+from lemo.kernels.tiles import LOG2_E, power_of_2, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +153,7 @@ def key_gradients(
         # Every query block stands for as many tiles as the longest has.
         seen_by, first, end = lists.turned, grid.here.query_first, grid.here.query_end
         rows = constants["BM"] // constants["HEADS"]
-        chunks, full = triton.cdiv(grid.longest, rows), rows * constants["HEADS"] == constants["BM"]
+        chunks, full = tiles_of(grid.longest, rows), rows * constants["HEADS"] == constants["BM"]
         full = full and grid.longest % rows == 0
     else:
         seen_by, first, end, chunks, full = lists.spread(tiles), tiles.first, tiles.end, 1, False
@@ -185,7 +184,7 @@ def _constants_and_tiles(q_HNd: Tensor, K: int, queries: Queries, launch: Launch
         "GROUP": H // K,
         "HEADS": heads,
         "D": d,
-        "BD": max(16, triton.next_power_of_2(d)),
+        "BD": max(16, power_of_2(d)),
         "BM": lanes,
         "BN": keys,
         "PARTS": grid.key_block // keys,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.tiles import power_of_2
+
 _COLUMNS = 8192
 
 
@@ -29,7 +31,7 @@ def row_losses(logits_CV: Tensor, labels_C: Tensor, *, gradient: bool) -> Tensor
     losses_C = torch.empty(C, device=logits_CV.device, dtype=torch.float32)
     if C == 0:
         return losses_C
-    columns = min(_COLUMNS, triton.next_power_of_2(V))
+    columns = min(_COLUMNS, power_of_2(V))
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(logits_CV):
         _row_losses[(C,)](

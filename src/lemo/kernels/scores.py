@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.kernels.dispatch import SCORED_BYTES
-from lemo.kernels.tiles import LOG2_E, load_tile
+from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
 SQUARE = 128
 
@@ -37,14 +37,14 @@ def block_pair_scores(
     """
     H, T, d = q_HTd.shape
     K = k_KTd.shape[0]
-    blocks = triton.cdiv(T, block_size)
+    blocks = tiles_of(T, block_size)
     scores = torch.zeros(blocks, blocks, device=q_HTd.device, dtype=torch.float32)
-    squares = triton.cdiv(T, SQUARE)
+    squares = tiles_of(T, SQUARE)
     # Two tiles of 512 bytes a row are 128 KiB of a multiprocessor's 228; of half that the next pair can be on its way.
-    width = triton.next_power_of_2(d) * q_HTd.element_size()
+    width = power_of_2(d) * q_HTd.element_size()
     window = T if window is None else window
     shape = {
-        "D": d, "BD": max(16, triton.next_power_of_2(d)), "SIDE": SQUARE,
+        "D": d, "BD": max(16, power_of_2(d)), "SIDE": SQUARE,
         "PRECISION": "ieee" if q_HTd.dtype == torch.float32 else "tf32",
         "num_warps": 8, "num_stages": 2 if 2 * width <= SCORED_BYTES else 1,
     }  # fmt: skip

@@ -39,8 +39,8 @@ class BatchState:
         bounds: window -> int32 first and last key of each row.
         attend: what queries see; None: everything.
         targets: bool [B·T] on the CPU, rows that enter the loss; None where nothing asks for them.
-        grids: (window, density) -> where the lists' blocks lie.
-        grids_of_all: the same where `forward` mode keeps everything.
+        grids: (window, density) -> where the lists' blocks lie: of all rows, or in `forward` mode of a plan that keeps
+            everything, which padding isn't part of.
     """
 
     layout: SequenceLayout
@@ -53,7 +53,6 @@ class BatchState:
     attend: Attend | None = None
     targets: Tensor | None = None
     grids: dict[Hashable, AttendGrid] = field(default_factory=dict)
-    grids_of_all: dict[Hashable, AttendGrid] = field(default_factory=dict)
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
         """Where blocks lie for layers with that density and sliding window; made once for all of them."""
@@ -65,11 +64,11 @@ class BatchState:
     def grid_of_kept(self, attend: Attend, plan: TokenPlan, heads: int, window: int | None) -> AttendGrid:
         """Where blocks lie among what a plan keeps; made once for the layers that keep everything."""
         key = window, attend.density
-        if plan.keep == 1.0 and key in self.grids_of_all:
-            return self.grids_of_all[key]
+        if plan.keep == 1.0 and key in self.grids:
+            return self.grids[key]
         grid = build_grid_of_kept(self.layout, plan, attend, heads, window, self.targets)
         if plan.keep == 1.0:
-            self.grids_of_all[key] = grid
+            self.grids[key] = grid
         return grid
 
     def bounds_of(self, window: int | None) -> tuple[Tensor, Tensor]:
