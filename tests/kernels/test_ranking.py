@@ -11,6 +11,7 @@ from test_attention import DEVICE, poisoned
 from lemo.kernels import dispatch
 from lemo.selection.layout import build_layout, table_of_documents
 from lemo.selection.predictor import AttentionPredictor
+from lemo.selection.ranking import plan_from_blocks, plan_of_marked
 from lemo.selection.top import plan_of_top
 from lemo.types import SequenceLayout
 
@@ -76,3 +77,14 @@ def test_scores_are_those_of_torch(lengths: str, width: int, monkeypatch: Any) -
     poisoned(monkeypatch)
     found = later_products(outputs, table_of_documents(layout), max(layout.blocks_per_document))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("lengths", [*LENGTHS, "padded"])
+def test_marked_blocks_give_the_plan_that_the_host_makes(lengths: str, share: float) -> None:
+    layout = padded(4) if lengths == "padded" else layout_of(LENGTHS[lengths], 16)
+    kept = (torch.rand(len(layout.block_tokens), device=DEVICE) < share) | layout.edge_block
+    got, want = plan_of_marked(kept, layout), plan_from_blocks(kept, layout)
+    torch.testing.assert_close(got.rows, want.rows, rtol=0, atol=0)
+    assert (got.cu_seqlens, got.keep) == (want.cu_seqlens, want.keep)
+    torch.testing.assert_close(got.host_rows, want.host_rows, rtol=0, atol=0)

@@ -137,9 +137,10 @@ def test_forward_mode_equals_masked_dense(family: str, name: str, checkpointed: 
     loss, got = step(sparse, batch)
     plans = rows_of_plans(sparse)
     seen = seen_among_kept(dense, sparse, batch, settings, plans)
-    want = masked_dense(dense, batch, plans, seen=seen)
+    # In fp32 the reference itself is off by up to 9e-6 here (llama, packed2: the first queries' A).
+    want = masked_dense(dense.double(), batch, plans, seen=seen)
     want.loss.backward()
-    torch.testing.assert_close(loss, want.loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, want.loss.detach().to(loss), rtol=1e-6, atol=0)
     assert_same_gradients(got, gradients(dense))
     assert runtime_of(sparse).collect().density < 1.0
     assert len(plans[1, "attention"]) == batch.real_mask().sum() > len(plans[0, "attention"])

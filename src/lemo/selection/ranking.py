@@ -65,6 +65,27 @@ def plan_from_blocks(kept: Tensor, layout: SequenceLayout, fidelity: float | Non
     return TokenPlan(rows, cu_seqlens, total / layout.real_tokens, fidelity, known_rows=host_rows)
 
 
+def plan_of_marked(kept: Tensor, layout: SequenceLayout) -> TokenPlan:
+    """The same of blocks marked on the device: its rows are made there, and only documents' lengths come from it.
+
+    So little is left to do once they are known that the device hardly waits for the host.
+    """
+    made, last = layout.made, len(kept) - 1
+    if "all_places" not in made:
+        made["all_places"] = torch.arange(layout.real_tokens, device=kept.device)
+        made["last_blocks"] = torch.cat([layout.first_block[1:] - 1, layout.first_block.new_full((1,), last)])
+    places: Tensor = made["all_places"]
+    tokens = torch.where(kept, layout.block_tokens, 0)
+    ends = tokens.cumsum(0)
+    # The block of each place among the kept rows; places after the last row are cut off.
+    block = torch.searchsorted(ends, places, right=True).clamp_(max=last)
+    rows = (layout.first_row_of_block + tokens - ends)[block] + places
+    lengths = ends[made["last_blocks"]].tolist()
+    if lengths[-1] == layout.real_tokens:
+        return plan_of_everything(layout)
+    return TokenPlan(rows[: lengths[-1]].clone(), (0, *lengths), lengths[-1] / layout.real_tokens)
+
+
 def plan_of_everything(layout: SequenceLayout, fidelity: float | None = None) -> TokenPlan:
     """The plan that keeps all blocks; made once for a layout."""
     if "everything" not in layout.made:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lemo.config import BranchSelection
 from lemo.kernels.dispatch import scores_backend
-from lemo.selection.ranking import plan_from_blocks
+from lemo.selection.ranking import plan_of_marked
 from lemo.selection.top import plan_of_top
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -123,9 +123,7 @@ def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSele
     if selection.threshold is None:
         assert selection.keep is not None
         return plan_of_top(score, layout, _at(selection.keep, layer))
-    # NumPy on the host, as for plans: one transfer, and no launches that the next ones would wait for.
-    kept = score.cpu().numpy() >= _at(selection.threshold, layer)
-    return plan_from_blocks(torch.from_numpy(kept | layout.on_host.edge_block.numpy()), layout)
+    return plan_of_marked((score >= _at(selection.threshold, layer)) | layout.edge_block, layout)
 
 
 def keeps_everything(selection: BranchSelection, layer: int) -> bool:
