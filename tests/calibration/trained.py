@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from tiny import build
 from tiny_tokenizer import byte_tokenizer
 
+FAMILIES = ["llama", "opt"]
 TOKENS = 512
 STEPS = 220
 
@@ -50,3 +52,7 @@ def train(family: str, directory: Path, texts: Path) -> float:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return sum(losses[-20:]) / 20
+
+
+def load(place: Any, family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(place.model(family), dtype=dtype)

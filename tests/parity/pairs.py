@@ -9,15 +9,29 @@ import torch
 from torch import Tensor, nn
 
 import lemo
+from lemo.config import Attend
 from reference import gradients
 from tiny import BLOCK, Batch, build
 
 TINY_TILE_MIB = 0.002  # a few rows of a tiny MLP, so that one batch takes many tiles
 
+ATTEND: dict[str, dict[str, Any]] = {
+    "pooled": {"density": 0.75, "choice": "pooled", "window": 2},
+    "half": {"density": 0.6, "choice": "pooled"},
+    "random": {"density": 0.75, "choice": "random", "window": 3},
+    "none": {"density": 0.6, "choice": "none"},
+    "window": {"density": None, "choice": "none", "window": 4},
+    "labelled": {"density": 0.3, "choice": "pooled", "labelled": "dense"},
+}
+
 
 def config(**values: Any) -> lemo.SparsityConfig:
     """A configuration with the tests' block size and tiling off."""
     return lemo.SparsityConfig(**({"block_size": BLOCK, "tile_mib": 0.0} | values))
+
+
+def attends(which: str, **more: Any) -> Attend:
+    return Attend(**({"block": 2} | ATTEND[which] | more))
 
 
 def pair(family: str, device: torch.device, settings: lemo.SparsityConfig, **model: Any) -> tuple[nn.Module, nn.Module]:

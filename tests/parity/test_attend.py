@@ -9,38 +9,18 @@ import pytest
 import torch
 from attend_reference import heads_of, masked_run, pooled_score, reported, rules, seen_among_kept, seen_masks
 from forward_reference import masked_dense
-from pairs import TINY_TILE_MIB, config, pair, rows_of_plans, step
+from pairs import ATTEND, TINY_TILE_MIB, attends, config, pair, rows_of_plans, step
 from test_backward import RULES, hook_reference
 from test_random import SEED, Draw, runtime_of
 from torch import nn
 
 import lemo
-from lemo.config import Attend, SparsityConfig
-from lemo.models import get_runtime, surgery
+from lemo.config import Attend
 from lemo.sparse import attend as sparse_attend
 from reference import assert_same_gradients, backward_reference, gradients, segment_loss
-from tiny import CASES, FAMILIES, Batch, build, layers_of, make_batch
+from tiny import CASES, FAMILIES, Batch, layers_of, make_batch
 
-ATTEND: dict[str, dict[str, Any]] = {
-    "pooled": {"density": 0.75, "choice": "pooled", "window": 2},
-    "half": {"density": 0.6, "choice": "pooled"},
-    "random": {"density": 0.75, "choice": "random", "window": 3},
-    "none": {"density": 0.6, "choice": "none"},
-    "window": {"density": None, "choice": "none", "window": 4},
-    "labelled": {"density": 0.3, "choice": "pooled", "labelled": "dense"},
-}
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two tokens go through torch on a GPU too, which refuses them otherwise."""
-    monkeypatch.setattr(sparse_attend, "block_sparse_backend", lambda *_: "torch")
-    monkeypatch.setattr(surgery, "check_listed_block", lambda *_: None)
-
-
-def attends(which: str, **more: Any) -> Attend:
-    return Attend(**({"block": 2} | ATTEND[which] | more))
-
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 ATTEND_CASES = [(f, n, w) for f, n in CASES for w in ATTEND if w == "pooled" or f in ("llama", "mistral", "opt-350m")]
 
@@ -144,14 +124,6 @@ def test_forward_mode_equals_masked_dense(family: str, name: str, checkpointed: 
     assert_same_gradients(got, gradients(dense))
     assert runtime_of(sparse).collect().density < 1.0
     assert len(plans[1, "attention"]) == batch.real_mask().sum() > len(plans[0, "attention"])
-
-
-@pytest.mark.parametrize("mode", ["dense", "backward", "forward"])
-def test_a_step_leaves_other_attention_alone(mode: str, device: torch.device) -> None:
-    rest = {"keep": 0.6} if mode == "forward" else {}
-    _, sparse = pair("llama", device, config(mode=mode, attend=attends("half"), **rest), attention="eager")
-    step(sparse, make_batch("packed", device))
-    assert sparse.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["plain", "right", "left"])
@@ -304,125 +276,3 @@ def test_autocast(mode: str, device: torch.device) -> None:
     own_error = sum((low_precision[n] - g).square().sum() for n, g in exact.items()).sqrt()
     assert own_error > 0
     assert error <= 2 * own_error
-
-
-def test_draws_differ_by_layer_head_and_step_and_follow_the_state(device: torch.device) -> None:
-    _, sparse = pair("llama", device, config(mode="dense", attend=attends("random")))
-    batch, runtime = make_batch("plain", device), runtime_of(sparse)
-
-    def lists() -> list[Any]:
-        step(sparse, batch)
-        return [head for layer in range(3) for head in reported(sparse, batch, layer)[0]]
-
-    runtime.seed(SEED)
-    first = lists()
-    assert len({str(head) for head in first}) == 6
-    state = runtime.state_dict()
-    second = lists()
-    assert second != first
-    runtime.load_state_dict(state)
-    assert lists() == second
-
-
-def test_what_cant_be_combined_is_an_error(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"attend\.block .48. must divide block_size .64."):
-        SparsityConfig(mode="forward", keep=0.5, attend=Attend(block=48))
-    with pytest.raises(ValueError, match="give window, and choice none"):
-        Attend(density=None, choice="pooled", window=128)
-    with pytest.raises(ValueError, match="give window, and choice none"):
-        Attend(density=None, choice="none")
-    with pytest.raises(ValueError, match="attention_dropout"):
-        lemo.sparsify(build("llama", device, attention_dropout=0.1), config(mode="dense", attend=Attend()))
-    sparse = lemo.sparsify(build("llama", device), config(mode="dense", attend=attends("labelled")))
-    batch = make_batch("plain", device)
-    with pytest.raises(ValueError, match="must see the labels"):
-        sparse(**batch.inputs(labels=False))
-
-
-@pytest.mark.parametrize(
-    "values", [{"mode": "forward", "keep": 1.0}, {"mode": "dense"}, {"mode": "backward", "fidelity": 1.0}]
-)
-def test_dense_passes_count_in_the_density(values: dict[str, Any], device: torch.device) -> None:
-    settings = config(**values, dense_share=0.5, attend=Attend(density=0.4, block=2))
-    dense, sparse = pair("llama", device, settings)
-    batch = make_batch("plain", device)
-    dense_loss = dense.train()(**batch.inputs()).loss
-    dense_loss.backward()
-    runtime = get_runtime(sparse)
-    assert runtime is not None
-    found = []
-    for _ in range(2):
-        loss, got = step(sparse, batch)
-        found.append(runtime.collect().density)
-        if found[-1] == 1.0:
-            torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-6, atol=0)
-            assert_same_gradients(got, gradients(dense))
-        sparse.zero_grad()
-    alone = [density for density in found if density != 1.0]
-    assert found.count(1.0) == 1
-    assert alone[0] is not None
-    assert alone[0] < 0.9
-    for _ in range(2):
-        step(sparse, batch)
-    assert runtime.collect().density == pytest.approx((1.0 + alone[0]) / 2)
-
-
-def test_dense_passes_count_once_in_the_keep(device: torch.device) -> None:
-    settings = config(fidelity=1.0, keep=0.25, labelled="ranked", dense_share=0.5, attend=Attend(density=0.4, block=2))
-    _, sparse = pair("llama", device, settings)
-    runtime, keeps = runtime_of(sparse), []
-    for _ in range(2):
-        step(sparse, make_batch("plain", device))
-        keeps.append(runtime.collect().keep[1][0])
-    assert keeps[0] < keeps[1] == 1.0
-    for _ in range(2):
-        step(sparse, make_batch("plain", device))
-    assert runtime.collect().keep[1][0] == pytest.approx(sum(keeps) / 2)
-
-
-def test_each_layer_has_its_density(device: torch.device) -> None:
-    densities = (0.3, 1.0, 0.6)
-    _, sparse = pair("llama", device, config(mode="dense", attend=Attend(density=densities, block=2)))
-    batch = make_batch("plain", device)
-    step(sparse, batch)
-    together = runtime_of(sparse).collect().density
-    alone = []
-    for density in densities:
-        _, uniform = pair("llama", device, config(mode="dense", attend=Attend(density=density, block=2)))
-        step(uniform, batch)
-        alone.append(runtime_of(uniform).collect().density)
-    assert alone[0] < alone[2] < alone[1] == 1.0
-    assert together == pytest.approx(sum(alone) / 3)
-    with pytest.raises(ValueError, match=r"attend\.density has 2 numbers and the model 3 layers"):
-        lemo.sparsify(build("llama", device), config(mode="dense", attend=Attend(density=(0.5, 0.5))))
-
-
-def test_no_layers_lists_are_held_after_a_step(device: torch.device) -> None:
-    """Unless tests ask: of each layer where blocks lay is noted, without what was made of it on the device."""
-    model = lemo.sparsify(build("llama", device), config(mode="dense", attend=attends("random")))
-    step(model, make_batch("plain", device))
-    runtime = runtime_of(model)
-    assert runtime.last_lists == {}
-    assert list(runtime.last_grids) == [0, 1, 2]
-    assert all("here" not in vars(grid.grid) for grid in runtime.last_grids.values())
-    assert all("nearest_lists" not in vars(grid) for grid in runtime.last_grids.values())
-
-
-def test_layers_that_keep_everything_share_their_lists_in_forward_mode(device: torch.device) -> None:
-    settings = config(mode="forward", attention={"keep": (1.0, 0.6, 1.0)}, attend=attends("none"))
-    _, sparse = pair("llama", device, settings)
-    step(sparse, make_batch("plain", device))
-    lists = runtime_of(sparse).last_lists
-    assert lists[0] is lists[2]
-    assert lists[0] is not lists[1]
-
-
-def test_blocks_that_the_kernels_refuse_are_an_error_before_a_gpu_works(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    model = build("llama", device)
-    monkeypatch.setattr(surgery, "_device_of", lambda layer: torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"not 48. Change sparsity\.attend\.block"):
-        lemo.sparsify(model, config(mode="dense", attend=Attend(block=48)))
-    assert get_runtime(model) is None
