@@ -18,6 +18,7 @@ STEPS = {
     "qwen128": "step-qwen3-8b-128k",
     "attend": "step-attend",
     "attend-sft": "step-attend-sft",
+    "trl": "step-trl",
     "parts": "step-parts",
 }
 # The same of mode `forward`, in docs/forward.md.

@@ -65,6 +65,7 @@ def tables(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
             **{f"quality:{task}": quality_markdown(records, task) for task in TASKS},
             "forward": quality_markdown(named("forward-lm", results), "lm"),
             "attend": quality_markdown(named("attend-lm", results), "lm"),
+            "attend-sft": quality_markdown(named("attend-sft", results), "sft"),
             "attend-retrieval": quality_markdown(named("attend-retrieval", results), "retrieval"),
             "attend-extension": quality_markdown(named("attend-extension", results), "extension"),
         },
