@@ -133,10 +133,13 @@ def test_opt_by_hand() -> None:
     for shape, D in (("opt-1.3b", 2048), ("opt-350m", 1024)):
         # Two norms in fp32, four inputs of LoRA, q, k, v and attention's output, the activation.
         assert stored_bytes(shape, 24, 8192, "lora", targets) == 24 * 8192 * 2 * (4 + 4 + 4 + 4) * D
-        rows = 5 * D + 5 * D if shape == "opt-1.3b" else 5 * D + 4 * D
+        # Of the activation a bit each.
+        rows = 5 * D + (1 + 4 / 16) * D if shape == "opt-1.3b" else 5 * D + 4 / 16 * D
         norms = 0 if shape == "opt-1.3b" else 4 * D
         sparse = stored_bytes(shape, 24, 8192, "lemo-forward", targets, 0.5, 0.5)
         assert sparse == 24 * 8192 * 2 * (0.5 * rows + norms)
+        every = stored_bytes(shape, 24, 8192, "lemo-forward", "all-linear", 0.5, 0.5)
+        assert every - sparse == 24 * 8192 * 2 * 0.5 * (1 - 1 / 16) * 4 * D
     linear, attention = 2 * 1024 * 12 * 1024 * 1024, 2 * 1024 * 1025 * 1024
     # Its head takes 512 numbers a token.
     cost = step_flop("opt-350m", 2, 1024, 64, "lora")
@@ -157,7 +160,7 @@ def test_opts_longest_length_is_twice_what_lora_fits() -> None:
         assert 70 < gib(longest, "lora", 1.0) < 76
         assert gib(1.1 * longest, "lora", 1.0) > 80
         assert twice == 2 * longest
-        assert gib(twice, "lemo-forward", 0.25) < 60
+        assert gib(twice, "lemo-forward", 0.5) < 62
 
 
 def test_more_kept_moves_more_and_weights_are_always_read() -> None:

@@ -10,7 +10,7 @@ MLP's width:
 | LoRA | the input of each adapted linear, cast for each anew | none: q's, k's and v's is the norm, computed again |
 | attention | A + 2 K + A | the same; the output is o's input too |
 | MLP | 3 F: gate, its activation, up | 2 F: gate, up |
-| MLP without a gate (ReLU) | F: the activation | F |
+| MLP without a gate (ReLU) | F: the activation | F / 16: a bit of each number; F if the next linear has LoRA |
 | norms after the addition | 2 · 2 D: their inputs are fp32 | D, each LoRA's input; 2 · 2 D of every token |
 
 LoRA's inner numbers, norms' reciprocals and softmax denominators are left out: less than 1%. With checkpointing, and in
@@ -19,7 +19,7 @@ LoRA's inner numbers, norms' reciprocals and softmax denominators are left out: 
 Moved are the operands and results of matrix products, each once a product, and passes over the residual stream: a
 branch of transformers' 5 forward (norm 2, addition 3) and 8 backward, of `forward` 5 k and 6 k beside a copy each way
 (`lemo.bench.op_movement`); attention's own operands once forward and twice backward, the activation's 3 F and 5 F, or 2
-F and 3 F without a gate.
+F and 3 F without a gate, 2 F with bits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def stored_bytes(
         return float(layers * T * _BYTES * w.D)
     attention, norms = 2 * w.A + 2 * w.K, 2 * 2 * w.D
     if method.startswith("lemo-forward"):
-        per_token = keep * (w.D + attention) + mlp_keep * (w.D + (2 if w.gated else 1) * w.F)
+        (*_, down) = w.mlp
+        wide = 2.0 if w.gated else 1.0 if targets == "all-linear" or down in targets else 1 / 16
+        per_token = keep * (w.D + attention) + mlp_keep * (w.D + wide * w.F)
         per_token += 0 if w.pre_norm else norms - mlp_keep * w.D
     else:
         linears = {**w.attention, **w.mlp}
@@ -74,7 +76,8 @@ def moved_bytes(shape: str, layers: int, T: int, method: str, keep: float = 1.0,
     # Gradients of inputs alone: one product for each of the forward's.
     per_token = (forwards + 1) * (k_attention * in_attention + k_mlp * in_mlp)
     per_token += (forwards + 2) * k_attention * 2 * (w.A + w.K)
-    per_token += (forwards * 3 + 5 if w.gated else forwards * 2 + 3) * k_mlp * w.F
+    of_relu = 2 if sparse and forwards == 1 else 3
+    per_token += (forwards * 3 + 5 if w.gated else forwards * 2 + of_relu) * k_mlp * w.F
     forward, backward, copy = (5, 6, 2) if sparse else (5, 8, 0)
     per_token += ((forwards * forward + backward) * (k_attention + k_mlp) + (forwards + 1) * copy) * w.D
     return float(layers * _BYTES * ((forwards + 1) * weights + T * per_token))

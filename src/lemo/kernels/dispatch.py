@@ -147,6 +147,15 @@ def gated_backend(gate: Tensor, up: Tensor) -> str:
     return "torch" if reason else "triton"
 
 
+def rectified_backend(x: Tensor) -> str:
+    """`triton` or `torch` for a ReLU that keeps bits; logged once for every reason."""
+    reason = _reason_against_any(x)
+    if reason is None and x.dtype not in _DTYPES:
+        reason = f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    _note("ReLU", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
 def rotary_backend(q: Tensor, k: Tensor, cos: Tensor, reason: str | None) -> str:
     """`triton` or `torch` for the rotation of queries and keys; logged once for every reason.
 

@@ -206,3 +206,19 @@ def silu_times_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     share = gate_wide.sigmoid()
     of_gate = grad_wide * _wide(up) * share * (1 + gate_wide * (1 - share))
     return of_gate.to(gate.dtype), (grad_wide * gate_wide * share).to(up.dtype)
+
+
+def rectify(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`relu(x)` and where it passes x's gradient on, a bit each, uint8 [numbers / 8, rounded up]."""
+    passed = torch.nn.functional.pad(~(x <= 0).flatten(), (0, -x.numel() % 8)).view(-1, 8)
+    return x.relu(), (passed.to(torch.uint8) << _eight(x)).sum(1, dtype=torch.uint8)
+
+
+def rectify_backward(grad: Tensor, bits: Tensor) -> Tensor:
+    """Gradient of x."""
+    passed = ((bits[:, None] >> _eight(grad)) & 1).flatten()[: grad.numel()] == 1
+    return torch.where(passed.view(grad.shape), grad, 0.0)
+
+
+def _eight(x: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=x.device)

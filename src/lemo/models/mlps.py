@@ -1,4 +1,4 @@
-"""transformers' gated MLPs, run so that less is stored while a sparse layer runs (`lemo.sparse.gated`).
+"""transformers' MLPs, run so that less is stored while a sparse layer runs (`lemo.sparse.gated`, `.rectified`).
 
 Their linears are still called as modules. With `store_less` what `down` would save of its input, for LoRA's gradient,
 is computed again too. Any other MLP runs its own code, and the log says so once.
@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from lemo.models.frozen import computes_in_half, frozen_output, is_frozen
 from lemo.sparse.gated import gated, gated_of_frozen, product
 from lemo.sparse.recompute import recomputed
+from lemo.sparse.rectified import rectified
 
 # down(act(gate(x)) * up(x)), all of one text.
 _KNOWN = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
@@ -30,6 +31,11 @@ def fused_mlp(module: nn.Module, store_less: bool) -> Callable[[Tensor], Tensor]
         _note(reason)
         return None
     return functools.partial(_forward, module, store_less)
+
+
+def fused_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What stores less in place of an activation's `forward`; None for any but ReLU."""
+    return rectified if type(module) is nn.ReLU and not module.inplace else None
 
 
 def _reason_against(module: Any) -> str | None:

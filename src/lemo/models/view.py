@@ -109,7 +109,8 @@ class ArchitectureView:
         norms = [self._part(name) for name in (row.attention_norm, row.mlp_norm)]
         norms += [getattr(attention, name) for name in (row.query_norm, row.key_norm) if name]
         mlps = [home] if row.mlp and row.gate else []
-        return fused(linears, norms, mlps, store_less)
+        activations = [] if row.mlp else [self._part(row.activation)]
+        return fused(linears, norms, mlps, activations, store_less)
 
     def attention(self, normed_BTD: Tensor, **kwargs: Any) -> Tensor:
         """The unmodified attention module's output (and hidden dropout), as the layer calls it."""
