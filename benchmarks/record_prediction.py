@@ -1,12 +1,14 @@
 """What choosing costs `forward` mode: predicting and selecting, beside the forward of the same layers.
 
 `python -m benchmarks.record_prediction SHAPE TOKENS FILE.jsonl`; random weights, predictors of the default size before
-they shrink, blocks of 64. Where all blocks are kept, what the choices add to the forward is what they cost in place;
-alone, with thresholds that keep half, the device waits for each.
+they shrink, blocks of 64. Where all blocks are kept, what the choices add to the forward is what they cost in place:
+forwards with and without them take turns, since a GPU's clock drifts by more than that; `details` has the differences
+of neighbours. Alone, with thresholds that keep half, the device waits for each.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,10 @@ import torch
 
 import lemo
 from lemo.bench import records
-from lemo.bench.ops import op_row
+from lemo.bench.ops import op_record, op_row
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
+from lemo.bench.timing import Timed, time_calls
 from lemo.config import BranchSelection, PredictorConfig, SparsityConfig
 from lemo.models import get_runtime, sparse_evaluation
 from lemo.models.calibration import BRANCHES
@@ -29,7 +32,7 @@ from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, predicted_scores
 from lemo.selection.scores import select_by_score
 
-BLOCK, LAYERS = 64, 4
+BLOCK, LAYERS, TURNS = 64, 4, 21
 
 
 @torch.no_grad()
@@ -78,12 +81,20 @@ def measure(shape: str, T: int) -> list[Record]:
 
         return run
 
-    calls = {
-        f"forward of {LAYERS} layers without a choice": everything(zero),
-        f"the same, with {2 * LAYERS} choices that keep all": everything(least),
-        "the choices of one layer, alone": choose,
-    }
-    return [op_row(f"prediction: {name}", "lemo-forward", shape, T, run, device) for name, run in calls.items()]
+    without, chosen = everything(zero), everything(least)
+    for run in (without, chosen):
+        run()
+    turns = [[time_calls(run, device, warm_up=0, repeats=1) for run in (without, chosen)] for _ in range(TURNS)]
+    added = [b.ms[0] - a.ms[0] for a, b in turns]
+    names = f"forward of {LAYERS} layers without a choice", f"the same, with {2 * LAYERS} choices that keep all"
+    rows = []
+    for name, times in zip(names, zip(*turns, strict=True), strict=True):
+        timed = Timed(tuple(x.ms[0] for x in times), max(x.peak_gib or 0.0 for x in times), None)
+        row = op_record(timed, setting=f"prediction: {name}", method="lemo-forward", shape=shape, T=T, steps=TURNS)
+        row.details = {"added_ms": statistics.median(added), "added_ms_min": min(added), "added_ms_max": max(added)}
+        print(f"{name}: {row.step_ms:.2f} ms, choices add {row.details['added_ms']:.2f} ms", flush=True)
+        rows.append(row)
+    return [*rows, op_row("prediction: the choices of one layer, alone", "lemo-forward", shape, T, choose, device)]
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def op_row(setting: str, method: str, shape: str, T: int, run: Callable[[], obje
         device: where it runs.
     """
     timed = time_calls(run, device, warm_up=1, repeats=REPEATS)
-    row = _row(timed, bench="op", method=method, shape=shape, T=T, batch=1, setting=setting, steps=REPEATS)
+    row = op_record(timed, method=method, shape=shape, T=T, setting=setting, steps=REPEATS)
     row.details = {"above_what_was_held_gib": timed.above_gib}
     print(f"{setting}, {T} tokens: {row.step_ms:.2f} ms, peak {row.peak_gib:.2f} GiB", flush=True)
     return row
@@ -140,8 +140,8 @@ def _record(config: OpsConfig, op: Op, timed: Timed | None, bandwidth: float | N
     `copy_gb_per_s` and `ceiling_tflop_per_s`; `above_gib`, the peak beyond its inputs and what every implementation
     must return; `out_of_memory`.
     """
-    row = _row(
-        timed, bench="op", method=op.method, shape=op.shape, T=op.T, batch=1, keep=op.keep,
+    row = op_record(
+        timed, method=op.method, shape=op.shape, T=op.T, keep=op.keep,
         setting=f"{op.op}: {op.implementation}", steps=config.repeats,
     )  # fmt: skip
     row.commit = config.commit or row.commit
@@ -163,8 +163,14 @@ def _record(config: OpsConfig, op: Op, timed: Timed | None, bandwidth: float | N
     return row
 
 
-def _row(timed: Timed | None, **values: Any) -> Record:
-    row = Record(versions=versions(), **values)
+def op_record(timed: Timed | None, **values: Any) -> Record:
+    """A row of one operation.
+
+    Args:
+        timed: None where it didn't fit.
+        values: of the record.
+    """
+    row = Record(bench="op", batch=1, versions=versions(), **values)
     if timed is not None:
         row.step_ms, row.step_ms_min, row.step_ms_max = timed.median_ms, min(timed.ms), max(timed.ms)
         row.peak_gib = timed.peak_gib
