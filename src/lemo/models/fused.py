@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,9 +14,6 @@ from lemo.models.mlps import fused_activation, fused_mlp
 from lemo.models.norms import fused_norm
 from lemo.sparse.low_copies import copied
 from lemo.sparse.precision import computes_in
-
-if TYPE_CHECKING:
-    from lemo.models.view import ArchitectureView
 
 
 @contextmanager
@@ -50,16 +46,16 @@ def fused(
 
 
 def low_copies(
-    views: Iterable[ArchitectureView], device: torch.device, dtype: torch.dtype
+    linears_by_input: Iterable[list[nn.Module]], device: torch.device, dtype: torch.dtype
 ) -> AbstractContextManager[None]:
-    """Inside, LoRA's matrices of all these layers are there in half precision, if products are computed in it.
+    """Inside, LoRA's matrices of all these linears are there in half precision, if products are computed in it.
 
     Args:
-        views: of layers; those on another device cast for themselves.
+        linears_by_input: those that run on one input together; on another device they cast for themselves.
         device, dtype: of the hidden states.
     """
     dtype = computes_in(device.type, dtype)
     if dtype not in HALF or plain_torch():
         return nullcontext()
-    groups = [matrices_of(linears, device) for view in views for linears in view.linears_by_input]
+    groups = [matrices_of(linears, device) for linears in linears_by_input]
     return copied([group for group in groups if group[0]], dtype)

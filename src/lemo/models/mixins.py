@@ -132,8 +132,8 @@ def _with_all_of_a_pass(decoder: Any, run: Any, **arguments: Any) -> Any:
     """The norm after the last layer, which sees every row, takes one pass too where it is recognised; and LoRA's
     matrices are cast for all layers at once."""
     norm = getattr(decoder, "norm", None)
-    views = [getattr(layer, VIEW) for layer in decoder.layers]
-    with fused((), [] if norm is None else [norm]), low_copies(views, decoder.device, decoder.dtype):
+    linears = (group for layer in decoder.layers for group in getattr(layer, VIEW).linears_by_input)
+    with fused((), [] if norm is None else [norm]), low_copies(linears, decoder.device, decoder.dtype):
         return run(**arguments)
 
 
