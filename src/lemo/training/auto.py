@@ -16,7 +16,7 @@ from lemo.config import SparsityConfig
 # labels the kept ones leave little to save.
 MOST_LABELLED = 0.5
 # Tokens. From here on attention is most of a step, and `attend` worth a hint. It isn't chosen: with few labels it
-# retains 98.5% of the gain in `sft` and all of it in `retrieval`, but longer prompts than 16K weren't measured.
+# retains 98% of the gain in `sft` and all of it in `retrieval`, but longer prompts than 16K weren't measured.
 LONG = 32768
 
 
