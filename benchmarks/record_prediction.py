@@ -43,7 +43,7 @@ def measure(shape: str, T: int) -> list[Record]:
     model: Any = build_shape(shape, LAYERS, T, dtype, device)
     # At 0 nobody chooses; at next to nothing all blocks are chosen, so that choosing is all that is added.
     zero, least = ({b: BranchSelection(threshold=t) for b in BRANCHES} for t in (0.0, 1e-30))
-    lemo.sparsify(model, SparsityConfig(mode="forward", block_size=BLOCK, **zero)).eval()
+    lemo.sparsify(model.requires_grad_(False), SparsityConfig(mode="forward", block_size=BLOCK, **zero)).eval()
     runtime = get_runtime(model)
     assert runtime is not None
     decoder = model.get_decoder()

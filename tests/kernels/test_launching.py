@@ -70,3 +70,16 @@ def test_a_kernel_is_compiled_once_for_a_key(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launching, "_hooked", lambda: True)
     launching.launch(kernel, (5,), x, 5, D=8, num_warps=4)
     assert [len(one.runs) for one in compiled] == [1, 0, 0, 0, 0]
+    # What a profiler had compiled is its own.
+    launching.launch(kernel, (5,), x, 5, D=10, num_warps=4)
+    monkeypatch.setattr(launching, "_hooked", lambda: False)
+    launching.launch(kernel, (5,), x, 5, D=10, num_warps=4)
+    assert [len(one.runs) for one in compiled] == [1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("hook", [None, lambda metadata: None], ids=["none", "function"])
+def test_hooks_may_be_whatever_triton_calls(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launching._hooked()
+    monkeypatch.setattr(launching.triton.knobs.runtime, "launch_exit_hook", None)
+    monkeypatch.setattr(launching.triton.knobs.runtime, "launch_enter_hook", hook)
+    assert launching._hooked() == (hook is not None)

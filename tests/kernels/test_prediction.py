@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from test_attention import DEVICE, DTYPES, poisoned
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemo.kernels import reference
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import KINDS, predicted_scores
+from lemo.selection.predictor import KINDS, AttentionPredictor, predicted_scores
 from lemo.types import NormWeights, SequenceLayout
 
 pytest.importorskip("triton")
@@ -119,3 +119,32 @@ def test_later_matrices_equal_torchs(sizes: tuple[int, ...], monkeypatch: Any) -
     wanted = torch.relu(middle @ third.double())
     size = float((middle @ third.double().abs()).max())
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6 * max(size, 1.0))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_weights_of_a_norm_may_change(trains: bool) -> None:
+    """Fused optimizers, the Trainer's default, change weights without telling their version."""
+    predictor = AttentionPredictor(32, (8, 8, 8)).to(DEVICE)
+    layout = build_layout(1, 64, 16, torch.device(DEVICE))
+    hidden = torch.randn(64, 32, device=DEVICE)
+    weight = nn.Parameter(torch.ones(32, device=DEVICE), requires_grad=trains)
+
+    @torch.no_grad()
+    def scores() -> torch.Tensor:
+        outputs = predictor.outputs_by_kernel(hidden, NormWeights(weight, None, 1e-6, False), layout)
+        return predictor.scores_by_kernel(outputs, layout, False)
+
+    before = scores()
+    if trains:
+        weight.grad = torch.randn_like(weight)
+        torch.optim.AdamW([weight], lr=0.5, fused=True).step()
+    else:
+        with torch.no_grad():
+            weight.mul_(torch.rand_like(weight))
+    after = scores()
+    predictor.forget()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, scores(), rtol=0, atol=0)
+    # Another weight in the old one's place.
+    weight = nn.Parameter(weight.detach() + 1, requires_grad=False)
+    assert not torch.equal(scores(), after)

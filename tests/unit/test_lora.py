@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lemo.models import lora
 from lemo.models.frozen import is_frozen
@@ -231,8 +232,10 @@ def test_layers_are_left_as_they_were() -> None:
     assert "forward" not in model.down.__dict__
 
 
-@pytest.mark.parametrize("case", ["frozen", "trained", "trained bias", "watched", "replaced"])
-def test_a_linear_that_trains_or_is_watched_keeps_its_graph(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["frozen", "trained", "trained bias", "watched", "replaced", "all watched"])
+def test_a_linear_that_trains_or_is_watched_keeps_its_graph(
+    case: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """In bf16 all through: gradients of x, adapter and linear are PEFT's but for rounding."""
     model, x = adapted().to(torch.bfloat16), torch.randn(500, 24).to(torch.bfloat16)
     base, seen = model.up.base_layer, []
@@ -245,14 +248,17 @@ def test_a_linear_that_trains_or_is_watched_keeps_its_graph(case: str, monkeypat
     wanted = run(model, x, False, None)
     seen.clear()
     weights: list[Any] = []
+    if case == "all watched":
+        handle = register_module_forward_hook(lambda module, *_: seen.extend([1] * (module is base)))
+        request.addfinalizer(handle.remove)
     monkeypatch.setattr(lora, "add_low_rank", lambda x, one: weights.append(one.weight) or add_low_rank(x, one))
     found = run(model, x, True, None)
     up, down = base.weight, model.down.base_layer.weight
     # Of a watched linear nothing is fused.
-    wanted_weights = {"frozen": [up, down], "watched": [down]}.get(case, [None, down])
+    wanted_weights = {"frozen": [up, down], "watched": [down], "all watched": []}.get(case, [None, down])
     assert len(weights) == len(wanted_weights)
     assert all(one is other for one, other in zip(weights, wanted_weights, strict=True))
-    assert len(seen) == (case == "watched")
+    assert len(seen) == (case in ("watched", "all watched"))
     assert len(found) == len(wanted)
     for left, right in zip(found, wanted, strict=True):
         assert (left - right).norm() <= 2e-2 * right.norm()

@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-# Whose compiled kernels are known to run so: all arguments in order, constants too.
-_KNOWN = triton.__version__.startswith("3.6.")
+# Whose compiled kernels are known to run so: all arguments in order, constants too. ROCm compiles for tensors' sizes.
+_KNOWN = triton.__version__.startswith("3.6.") and torch.version.hip is None
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -39,8 +39,8 @@ def launch(
     key = (id(kernel), index, num_warps, num_stages, *constants.values(), *map(specialized, arguments))
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(arguments[0]):
-        compiled = _compiled.get(key)
-        if compiled is not None and not _hooked():
+        compiled, hooked = _compiled.get(key), _hooked()
+        if compiled is not None and not hooked:
             compiled.run(
                 *(*grid, 1, 1)[:3], driver.active.get_current_stream(index), compiled.function,
                 compiled.packed_metadata, None, None, None, *arguments, *constants.values(),
@@ -48,7 +48,9 @@ def launch(
             return
         options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
         compiled = kernel[grid](*arguments, **constants, **options)
-    if _KNOWN and isinstance(compiled, CompiledKernel):
+    # What was compiled for a profiler is its own.
+    instrumented = hooked or triton.knobs.compilation.instrumentation_mode
+    if _KNOWN and not instrumented and isinstance(compiled, CompiledKernel):
         assert kernel.arg_names[len(arguments) :] == list(constants), "constants come last, in the kernel's order"
         _compiled[key] = compiled
 
@@ -66,4 +68,7 @@ def specialized(x: Any) -> Any:
 def _hooked() -> bool:
     """Whether somebody, a profiler for one, wants to hear of launches."""
     hooks = triton.knobs.runtime
-    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    # Chains of calls, where nobody put a function or None in their place.
+    return any(
+        hook is not None and getattr(hook, "calls", True) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from lemo.kernels.dispatch import HALF
 from lemo.sparse.precision import computes_in
@@ -41,9 +42,13 @@ def frozen_output(linear: Any, x: Tensor) -> Tensor:
 
 
 def unwatched(module: nn.Module) -> bool:
-    """Whether no hook sees the module's input or output."""
+    """Whether no hook sees the module's input or output, its own or one of all modules."""
     return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 

@@ -25,7 +25,10 @@ _log = logging.getLogger("lemo")
 
 
 def fused_linear(module: nn.Module) -> Callable[..., Tensor] | None:
-    """What to run in place of a plain LoRA layer's `forward`, its base still called as a module; None for any other."""
+    """What to run in place of a plain LoRA layer's `forward`; None for any other.
+
+    Its base is still called as a module if it trains or somebody watches it.
+    """
     if not isinstance(module, LoraLayer):
         return None
     reason = _reason_against(module)

@@ -108,7 +108,7 @@ class SparseDecoder:
         B, T = tokens.shape[:2]
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
-            cls_forward = functools.partial(_with_all_of_a_pass, self, cls_forward)
+            cls_forward = functools.partial(_with_all_of_a_pass, self, runtime, tokens.device, cls_forward)
             arguments.update(past_key_values=None, use_cache=False)
             state = runtime.begin(layout, self.training)
             if state.attend is not None:
@@ -118,7 +118,7 @@ class SparseDecoder:
                 layout,
                 getattr(self.layers[0], VIEW),
                 self.config._attn_implementation,
-                computes_in(self.device.type, self.dtype),
+                computes_in(tokens.device.type, self.dtype),
             ):
                 state.by_bounds = True
                 with documents_by_bounds(self.config):
@@ -128,12 +128,14 @@ class SparseDecoder:
         return cls_forward(**arguments)
 
 
-def _with_all_of_a_pass(decoder: Any, run: Any, **arguments: Any) -> Any:
-    """The norm after the last layer, which sees every row, takes one pass too where it is recognised; and LoRA's
-    matrices are cast for all layers at once."""
+def _with_all_of_a_pass(decoder: Any, runtime: Runtime, device: torch.device, run: Any, **arguments: Any) -> Any:
+    """The norm after the last layer, which sees every row, takes one pass too where it is recognised; and in `forward`
+    mode, whose layers run LoRA's products in the pass itself, its matrices are cast for all layers at once."""
     norm = getattr(decoder, "norm", None)
-    linears = (group for layer in decoder.layers for group in getattr(layer, VIEW).linears_by_input)
-    with fused((), [] if norm is None else [norm]), low_copies(linears, decoder.device, decoder.dtype):
+    layers = decoder.layers if runtime.config.mode == "forward" else ()
+    linears = (group for layer in layers for group in getattr(layer, VIEW).linears_by_input)
+    # Offloaded parameters are nowhere yet; the tokens are where products will be.
+    with fused((), [] if norm is None else [norm]), low_copies(linears, device, decoder.dtype):
         return run(**arguments)
 
 

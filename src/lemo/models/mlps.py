@@ -1,7 +1,7 @@
 """transformers' MLPs, run so that less is stored while a sparse layer runs (`lemo.sparse.gated`, `.rectified`).
 
-Their linears are still called as modules. With `store_less` what `down` would save of its input, for LoRA's gradient,
-is computed again too. Any other MLP runs its own code, and the log says so once.
+Linears that train or that somebody watches are still called as modules. With `store_less` what `down` would save of its
+input, for LoRA's gradient, is computed again too. Any other MLP runs its own code, and the log says so once.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from lemo.models.rotary import rotated, rotation_of
 from lemo.sparse.view import Rotary
 from lemo.types import NormWeights
 
+_MISSING: Any = object()
+
 
 class ArchitectureView:
     """See `LayerView` for shapes and meaning."""
@@ -60,14 +62,10 @@ class ArchitectureView:
 
     @property
     def window(self) -> int | None:
+        # Qwen2/Qwen3 decide per layer and store the result, perhaps inside a wrapper; Mistral reads its config.
         attention = self._attention
-        # Qwen2/Qwen3 decide per layer and store the result; Mistral reads its config.
-        stored = attention.__dict__
-        return (
-            stored["sliding_window"]
-            if "sliding_window" in stored
-            else getattr(attention.config, "sliding_window", None)
-        )
+        stored = getattr(attention, "sliding_window", _MISSING)
+        return getattr(attention.config, "sliding_window", None) if stored is _MISSING else stored
 
     @property
     def attention_dropout(self) -> float:

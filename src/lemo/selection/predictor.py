@@ -18,6 +18,7 @@ Shapes: N rows, D hidden size, n blocks of one document, m width of I(Q) and I(K
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -104,7 +105,7 @@ class Predictor(nn.Module):
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
         self._stacked: _Stacked | None = None
-        self._first_look: tuple[Any, FirstLook] | None = None
+        self._first_look: tuple[tuple[Any, ...], list[Tensor], FirstLook] | None = None
         self._numbers: int | None = None
 
     def forget(self) -> None:
@@ -161,19 +162,23 @@ class Predictor(nn.Module):
         return torch.relu(stacked.third.T @ torch.relu(stacked.second.T @ seen.T)).T
 
     def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
-        """The first matrices for inputs before their norm. Made anew where the norm's weights have changed."""
+        """The first matrices for inputs before their norm. Made anew where the norm's weights have changed, and each
+        time where they can train: fused optimizers leave a tensor's version alone."""
         from lemo.kernels.prediction import FirstLook
 
         weights = [x for x in (norm.weight, norm.bias) if x is not None]
-        made_from = (dtype, norm.eps, *((x.data_ptr(), x._version) for x in weights))
-        if self._first_look is not None and self._first_look[0] == made_from:
-            return self._first_look[1]
+        frozen = not any(x.requires_grad or x.is_inference() for x in weights)
+        made_from = (dtype, norm.eps, *(x._version for x in weights)) if frozen else ()
+        if frozen and self._first_look is not None:
+            before, of, look = self._first_look
+            if before == made_from and len(of) == len(weights) and all(map(operator.is_, of, weights)):
+                return look
         with torch.no_grad():
             first = self._first_matrices()
             shift = -self.center if norm.bias is None else norm.bias.float() - self.center
             matrix = (first * norm.weight.float()).to(dtype).contiguous()
             look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
-        self._first_look = (made_from, look)
+        self._first_look = (made_from, weights, look) if frozen else None
         return look
 
     def _stack(self, dtype: torch.dtype) -> _Stacked:
