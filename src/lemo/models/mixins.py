@@ -46,19 +46,33 @@ def leaves_out(module: Any, runtime: Runtime) -> bool:
 class SparseCausalLM:
     """Computes the segmented loss when training with labels; everything else is the unmodified model."""
 
+    # Plans and row counts are the host's; dynamo would trace into them and fail.
+    @torch.compiler.disable
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         cls_forward = super().forward  # type: ignore[misc]
         arguments = _named(cls_forward, args, kwargs)
         labels, shifted = arguments.pop("labels", None), arguments.pop("shift_labels", None)
         if not self.training or (labels is None and shifted is None):
             return cls_forward(*args, **kwargs)
+        if getattr(self, "_loss_function", None) is not None:
+            raise ValueError(
+                "this model has a loss function of its own, and lemo computes cross-entropy; take it away, or call the "
+                "model without labels and compute the loss outside"
+            )
         if _is_set(arguments.pop("logits_to_keep", 0)):
             raise ValueError("logits_to_keep and labels can't be combined in training; leave logits_to_keep out")
         num_items, as_tuple = arguments.pop("num_items_in_batch", None), arguments.pop("return_dict", None) is False
         runtime: Runtime = getattr(self, RUNTIME)
+        if arguments.get("past_key_values") is None:
+            # None is returned; and with one of its own transformers doesn't tell packed documents apart.
+            arguments["use_cache"] = False
         if shifted is None:
             # A row predicts its successor; the last of a sequence predicts nothing.
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        mask = arguments.get("attention_mask")
+        if runtime.config.mode == "backward" and mask is not None and mask.shape == shifted.shape:
+            # Padding is in no document, and so gets no gradient: it predicts nothing either.
+            shifted = shifted.masked_fill(mask == 0, -100)
         targets = shifted.flatten()
         with flag(runtime, "own_loss", True), flag(runtime, "targets", targets != -100):
             outputs = self.base_model(**arguments)
@@ -68,6 +82,12 @@ class SparseCausalLM:
             loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)
         output = CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
         return output.to_tuple() if as_tuple else output
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "a sparsified model doesn't run under nn.DataParallel, which Trainer uses where it sees several GPUs; "
+            "start one process for each (torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def _loss(hidden_ND: Tensor, head: nn.Module, targets: Tensor, num_items: Any, runtime: Runtime) -> Tensor:
@@ -98,6 +118,9 @@ class SparseDecoder:
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         cache = arguments.get("past_key_values")
         cached = cache is not None and cache.get_seq_length() > 0
+        if sparse and self.training and cache is not None and not torch.is_grad_enabled():
+            # `generate` between steps.
+            return cls_forward(*args, **kwargs)
         if cached and sparse:
             raise ValueError("tokens can't be left out with a filled key/value cache; pass past_key_values=None")
         may_need_mask = not getattr(self, PACKS) and mask is None and positions is not None and not cached

@@ -17,8 +17,13 @@ _KNOWN = {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "m
 
 
 def rotation_of(attention: nn.Module) -> Rotation:
-    """transformers' function beside the attention module's class, which keeps its variant of RoPE."""
-    return import_module(type(attention).__module__).apply_rotary_pos_emb
+    """transformers' function beside the attention module's class, which keeps its variant of RoPE; or beside that of
+    what is wrapped in it."""
+    for module in attention.modules():
+        found: Rotation | None = getattr(import_module(type(module).__module__), "apply_rotary_pos_emb", None)
+        if found is not None:
+            return found
+    raise AttributeError(f"no apply_rotary_pos_emb beside {type(attention).__name__}")
 
 
 def rotated(

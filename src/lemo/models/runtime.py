@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,18 @@ class BatchState:
 
 
 @dataclass
+class _Mean:
+    """Of what was added: a sum, since not everybody collects."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.total += times * value
+        self.count += times
+
+
+@dataclass
 class Runtime:
     """Per-model state; see `lemo.models.get_runtime`.
 
@@ -116,9 +129,9 @@ class Runtime:
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     passes: int = 0
     generator: random.Random = field(default_factory=lambda: random.Random(0))
-    _keeps: dict[tuple[int, str], list[float]] = field(default_factory=dict)
-    _fidelities: dict[int, list[float]] = field(default_factory=dict)
-    _densities: list[float] = field(default_factory=list)
+    _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
+    _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
+    _density: _Mean = field(default_factory=lambda: _Mean())
 
     def seed(self, seed: int) -> None:
         """Seeds the draws of the `segments` and `random` policies."""
@@ -142,9 +155,9 @@ class Runtime:
                 # Mode `backward` notes what it keeps in its backward, whatever the pass.
                 if self.config.mode != "backward":
                     for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
-                        self._keeps.setdefault((layer, branch), []).append(1.0)
+                        self._keeps[layer, branch].add(1.0)
                 if self.config.attend is not None:
-                    self._densities.extend([1.0] * self.layers)
+                    self._density.add(1.0, self.layers)
         if training and not self.state.dense:
             self._begin_attend(self.state)
         if training and self.config.policy == "segments" and not self.dense_only:
@@ -216,16 +229,16 @@ class Runtime:
         """Notes a layer's plans for `collect`."""
         for branch, plan in (("attention", attention), ("mlp", mlp)):
             self.last_plans[layer, branch] = plan
-            self._keeps.setdefault((layer, branch), []).append(plan.keep)
+            self._keeps[layer, branch].add(plan.keep)
         if attention.fidelity is not None:
-            self._fidelities.setdefault(layer, []).append(attention.fidelity)
+            self._fidelities[layer].add(attention.fidelity)
 
     def record_lists(self, layer: int, grid: AttendGrid, lists: BlockLists) -> None:
         """Notes what a layer's queries saw."""
         self.last_grids[layer] = grid.bare()
         if self.keep_lists:
             self.last_lists[layer] = lists
-        self._densities.append(grid.density)
+        self._density.add(grid.density)
 
     def draw_seed(self) -> int:
         """A seed for one layer call, from lemo's own stream."""
@@ -234,8 +247,8 @@ class Runtime:
     def collect(self) -> StepStats:
         """Averages since the last call, then starts anew."""
 
-        def mean(values: list[float] | None, otherwise: Any) -> Any:
-            return sum(values) / len(values) if values else otherwise
+        def mean(values: _Mean | None, otherwise: Any) -> Any:
+            return values.total / values.count if values is not None and values.count else otherwise
 
         stats = StepStats(
             keep=tuple(
@@ -243,11 +256,11 @@ class Runtime:
                 for i in range(self.layers)
             ),
             fidelity=tuple(mean(self._fidelities.get(i), None) for i in range(self.layers)),
-            density=mean(self._densities, None),
+            density=mean(self._density, None),
         )
         self._keeps.clear()
         self._fidelities.clear()
-        self._densities.clear()
+        self._density = _Mean()
         return stats
 
     def state_dict(self) -> dict[str, Any]:

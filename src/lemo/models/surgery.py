@@ -10,7 +10,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
         ValueError: unsupported architecture (lists the supported ones), not a CausalLM, already sparsified, or
             per-layer settings whose length isn't the number of layers, or a calibration that is damaged or
             another model's, or attention dropout with `attend`, or on a GPU blocks that its kernels don't take, or
-            `mode: auto`.
+            `mode: auto`, or a `forward` that somebody has replaced.
     """
     if config.mode == "auto":
         raise ValueError("mode auto needs the data, which `lemo finetune` has; name a mode here (docs/quality.md)")
@@ -72,6 +73,8 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     if config.attend is not None:
         refuse_dropout(getattr(causal_lm.config, "attention_dropout", 0.0))
         check_listed_block(config.attend.block, _device_of(layers[0]))
+    for module in (causal_lm, decoder, *layers):
+        _refuse_other_forward(module)
     runtime = Runtime(config, len(layers))
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)
@@ -189,9 +192,26 @@ def _device_of(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _swap(module: nn.Module, mixin: type) -> None:
-    cls: Any = type(module)
+def _refuse_other_forward(module: Any) -> None:
+    """Raises ValueError where an instance's own `forward` would hide the one that leaves tokens out."""
+    if "forward" in module.__dict__ and not _is_dispatched(module):
+        raise ValueError(
+            f"{type(module).__name__}.forward has been replaced on this instance, which would hide what lemo.sparsify "
+            "does (Trainer and accelerate leave that on a model they have prepared, Liger on one it has patched); call "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) or load the model anew, then sparsify"
+        )
+
+
+def _is_dispatched(module: Any) -> bool:
+    """Whether accelerate's hooks (`device_map`) stand before the class's own `forward`."""
+    return getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def _swap(module: Any, mixin: type) -> None:
+    dispatched, cls = _is_dispatched(module), cast(Any, type(module))
     module.__class__ = _subclass(cls, mixin)
+    if dispatched:
+        module._old_forward = MethodType(type(module).forward, module)
 
 
 @functools.cache
@@ -200,7 +220,8 @@ def _subclass(cls: Any, mixin: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
+        # TRL and accelerate keep this function bound to a model that has been restored since.
+        return (mixin if isinstance(self, mixin) else cls).forward(self, *args, **kwargs)
 
     names = {
         "__module__": cls.__module__,

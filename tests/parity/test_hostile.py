@@ -1,0 +1,133 @@
+"""Models that others have wrapped, dispatched, compiled or asked for something else: right, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, dispatch_model
+from pairs import config
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import lemo.models
+from reference import assert_same_gradients, gradients
+from tiny import add_lora, build, causal_lm, layers_of, make_batch
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "backward": {"fidelity": 0.6},
+    "segments": {"policy": "segments", "segments": {"spans": 3, "drawn": 3}},
+    "forward": {"mode": "forward", "keep": 0.5},
+    "dense": {"mode": "dense"},
+    "attend": {"mode": "dense", "attend": {"density": 0.5, "block": 4}},
+}
+
+
+def run(model: Any, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    output = model(**(make_batch("right").inputs() | changes))
+    assert output.logits is None
+    output.loss.backward()
+    return output.loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_models_over_several_devices_are_sparsified(mode: str) -> None:
+    """accelerate's hooks keep a module's forward, which must be the sparse one; and go on after `restore`."""
+    plain = build("llama", lora=False)
+    places = dict.fromkeys(("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb"), "cpu")
+    device_map: Any = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    dispatched = dispatch_model(copy.deepcopy(plain), device_map, force_hooks=True)
+    (_, want), (_, got) = (
+        run(lemo.sparsify(add_lora(m), config(**SETTINGS[mode])).train()) for m in (plain, dispatched)
+    )
+    assert_same_gradients(got, want)
+    lemo.restore(dispatched)
+    assert dispatched(**make_batch("right").inputs()).logits is not None
+
+
+def test_a_forward_that_somebody_replaced_is_refused() -> None:
+    model = build("llama", lora=False)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    with pytest.raises(ValueError, match="forward has been replaced on this instance"):
+        lemo.sparsify(prepared, config())
+    assert lemo.models.get_runtime(model) is None
+
+
+def test_a_restored_model_that_was_prepared_runs() -> None:
+    model = lemo.sparsify(build("llama", lora=False), config())
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    prepared(**make_batch("right").inputs()).loss.backward()
+    lemo.restore(prepared)
+    assert prepared(**make_batch("right").inputs()).logits is not None
+    assert prepared.eval().generate(make_batch("plain").input_ids, max_new_tokens=2, pad_token_id=0).shape[1] > 2
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_generation_between_steps_is_the_unmodified_model(mode: str) -> None:
+    ids = make_batch("plain").input_ids
+    asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want = build("llama").train().generate(ids, **asked)
+    model = lemo.sparsify(build("llama"), config(**SETTINGS[mode])).train()
+    assert torch.equal(model.generate(ids, **asked), want)
+    run(model)
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_compiled_models_train_as_they_are(mode: str) -> None:
+    model = lemo.sparsify(build("llama"), config(**SETTINGS[mode]))
+    loss, want = run(copy.deepcopy(model))
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    found = compiled(**make_batch("right").inputs()).loss
+    found.backward()
+    assert torch.equal(found.detach(), loss)
+    assert_same_gradients(gradients(model), want, rel=0.0)
+
+
+@pytest.mark.parametrize("mode", ["dense", "backward"])
+def test_packed_documents_stay_apart_where_a_cache_is_configured(mode: str) -> None:
+    inputs = {key: x for key, x in make_batch("packed").inputs().items() if key != "use_cache"}
+    losses = []
+    for cache in (True, False):
+        model = lemo.sparsify(build("llama"), config(mode=mode))
+        causal_lm(model).config.use_cache = cache
+        losses.append(model(**inputs).loss.detach())
+    assert torch.equal(*losses)
+
+
+def test_padding_predicts_nothing_in_mode_backward() -> None:
+    """With left padding and every token labelled transformers has padding predict the first token."""
+    batch = make_batch("left")
+    mask = batch.inputs()["attention_mask"]
+    labels = batch.input_ids.masked_fill(mask == 0, -100)
+    first = labels.clone()
+    first[torch.arange(len(mask)), mask.argmax(1)] = -100
+    plain, sparse = build("llama"), lemo.sparsify(build("llama"), config(fidelity=1.0))
+    loss, got = run(sparse, input_ids=batch.input_ids, attention_mask=mask, labels=labels)
+    want = plain(input_ids=batch.input_ids, attention_mask=mask, labels=first).loss
+    want.backward()
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-6, atol=0)
+    assert_same_gradients(got, gradients(plain))
+
+
+def test_a_wrapped_attention_runs_in_mode_backward() -> None:
+    (_, want), (_, got) = (
+        run(lemo.sparsify(m, config(fidelity=0.6))) for m in (build("llama"), wrapped(build("llama")))
+    )
+    assert_same_gradients({name.replace("_checkpoint_wrapped_module.", ""): g for name, g in got.items()}, want)
+
+
+def wrapped(model: Any) -> Any:
+    for layer in layers_of(model):
+        layer.self_attn = checkpoint_wrapper(layer.self_attn)
+    return model
+
+
+def test_another_loss_and_data_parallel_are_refused() -> None:
+    model = lemo.sparsify(build("llama"), config())
+    causal_lm(model).loss_function = lambda **_: torch.zeros(())
+    with pytest.raises(ValueError, match="a loss function of its own"):
+        model(**make_batch("right").inputs())
+    with pytest.raises(RuntimeError, match=r"doesn't run under nn\.DataParallel"):
+        causal_lm(model)._replicate_for_data_parallel()
