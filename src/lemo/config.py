@@ -99,6 +99,18 @@ class Attend(Frozen):
         return self.model_copy(update={"density": self.density[layer]})
 
 
+# Settings that not every mode reads, and which do.
+_OF_BACKWARD = frozenset({"compensate", "kv_grad"})
+_READS: dict[str, frozenset[str]] = {
+    "mode dense": frozenset(),
+    "mode forward": frozenset({"keep", "score"}),
+    "policy energy": _OF_BACKWARD | {"fidelity", "keep", "labelled", "keep_sink"},
+    "policy random": _OF_BACKWARD | {"keep", "labelled"},
+    "policy segments": _OF_BACKWARD | {"segments"},
+}
+_OF_ONE_MODE = frozenset[str]().union(*_READS.values())
+
+
 class SparsityConfig(Frozen):
     """What `lemo.sparsify` does to a model.
 
@@ -193,6 +205,11 @@ class SparsityConfig(Frozen):
             raise ValueError("policy random needs keep, the share of each document's blocks to draw")
         if self.policy != "energy" and self.mode != "backward":
             raise ValueError(f"policy {self.policy} belongs to mode backward, not {self.mode}")
+        what = f"policy {self.policy}" if self.mode == "backward" else f"mode {self.mode}"
+        if self.mode != "auto" and (unread := self._changed() & (_OF_ONE_MODE - _READS[what])):
+            raise ValueError(
+                f"{what} doesn't use {', '.join(sorted(unread))}; leave it out or choose another mode or policy"
+            )
         return self
 
     def _changed(self) -> set[str]:
