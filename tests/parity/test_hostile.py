@@ -96,21 +96,6 @@ def test_packed_documents_stay_apart_where_a_cache_is_configured(mode: str) -> N
     assert torch.equal(*losses)
 
 
-def test_padding_predicts_nothing_in_mode_backward() -> None:
-    """With left padding and every token labelled transformers has padding predict the first token."""
-    batch = make_batch("left")
-    mask = batch.inputs()["attention_mask"]
-    labels = batch.input_ids.masked_fill(mask == 0, -100)
-    first = labels.clone()
-    first[torch.arange(len(mask)), mask.argmax(1)] = -100
-    plain, sparse = build("llama"), lemo.sparsify(build("llama"), config(fidelity=1.0))
-    loss, got = run(sparse, input_ids=batch.input_ids, attention_mask=mask, labels=labels)
-    want = plain(input_ids=batch.input_ids, attention_mask=mask, labels=first).loss
-    want.backward()
-    torch.testing.assert_close(loss, want.detach(), rtol=1e-6, atol=0)
-    assert_same_gradients(got, gradients(plain))
-
-
 def test_a_wrapped_attention_runs_in_mode_backward() -> None:
     (_, want), (_, got) = (
         run(lemo.sparsify(m, config(fidelity=0.6))) for m in (build("llama"), wrapped(build("llama")))

@@ -69,10 +69,6 @@ class SparseCausalLM:
         if shifted is None:
             # A row predicts its successor; the last of a sequence predicts nothing.
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        mask = arguments.get("attention_mask")
-        if runtime.config.mode == "backward" and mask is not None and mask.shape == shifted.shape:
-            # Padding is in no document, and so gets no gradient: it predicts nothing either.
-            shifted = shifted.masked_fill(mask == 0, -100)
         targets = shifted.flatten()
         with flag(runtime, "own_loss", True), flag(runtime, "targets", targets != -100):
             outputs = self.base_model(**arguments)
