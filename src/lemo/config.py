@@ -101,10 +101,10 @@ class Attend(Frozen):
 
 # Which settings a mode or policy reads, of those that not all do; mode dense none of them.
 _READS = {
-    "mode forward": "keep score",
-    "policy energy": "compensate kv_grad fidelity keep labelled keep_sink",
-    "policy random": "compensate kv_grad keep labelled",
-    "policy segments": "compensate kv_grad segments",
+    "mode forward": {"keep", "score"},
+    "policy energy": {"compensate", "kv_grad", "fidelity", "keep", "labelled", "keep_sink"},
+    "policy random": {"compensate", "kv_grad", "keep", "labelled"},
+    "policy segments": {"compensate", "kv_grad", "segments"},
 }
 
 
@@ -203,7 +203,7 @@ class SparsityConfig(Frozen):
         if self.policy != "energy" and self.mode != "backward":
             raise ValueError(f"policy {self.policy} belongs to mode backward, not {self.mode}")
         what = f"policy {self.policy}" if self.mode == "backward" else f"mode {self.mode}"
-        unread = set(" ".join(_READS.values()).split()) - set(_READS.get(what, "").split())
+        unread = set[str]().union(*_READS.values()) - _READS.get(what, set())
         if self.mode != "auto" and (given := self._changed() & unread):
             raise ValueError(f"{what} doesn't use {', '.join(sorted(given))}; leave it out or choose another mode")
         return self

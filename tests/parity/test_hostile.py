@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, dispatch_model
+from accelerate import Accelerator, cpu_offload, dispatch_model
 from pairs import config
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lemo.models
+from lemo.models.architectures import architecture_of
+from lemo.models.view import ArchitectureView
 from reference import assert_same_gradients, gradients
 from tiny import add_lora, build, causal_lm, layers_of, make_batch
 
@@ -116,3 +118,29 @@ def test_another_loss_and_data_parallel_are_refused() -> None:
         model(**make_batch("right").inputs())
     with pytest.raises(RuntimeError, match=r"doesn't run under nn\.DataParallel"):
         causal_lm(model)._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_offloaded_models_train(mode: str, lora: bool) -> None:
+    """accelerate's hooks bring parameters when their layer runs; before, they are on no device."""
+    ids = torch.randint(3, 100, (2, 40))
+    losses = []
+    for offloaded in (False, True):
+        torch.manual_seed(0)
+        model = build("llama", lora=lora, dtype=torch.bfloat16)
+        lemo.sparsify(model, config(**SETTINGS[mode]))
+        if offloaded:
+            cpu_offload(causal_lm(model), execution_device="cpu")
+        losses.append(model(input_ids=ids, labels=ids).loss.detach())
+    # Linears with hooks aren't fused with their LoRA, which rounds otherwise.
+    torch.testing.assert_close(*losses, rtol=1e-3 if lora else 0, atol=0)
+
+
+def test_a_wrapped_attention_keeps_its_window() -> None:
+    model = build("qwen2-window", lora=False)
+    layers, row = layers_of(model), architecture_of("qwen2")
+    windows = [ArchitectureView(layer, row).window for layer in layers]
+    assert len(set(windows)) > 1
+    wrapped(model)
+    assert [ArchitectureView(layer, row).window for layer in layers] == windows

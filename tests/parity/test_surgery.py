@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from pairs import config, pair, step
 from peft import PeftModel
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lemo
-from lemo.models.architectures import architecture_of
-from lemo.models.view import ArchitectureView
 from reference import assert_same_gradients, gradients
-from tiny import FAMILIES, build, causal_lm, layers_of, make_batch
+from tiny import FAMILIES, build, make_batch
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "backward": {"fidelity": 0.6},
@@ -173,30 +169,3 @@ def test_generation_is_the_unmodified_model(device: torch.device) -> None:
     prompt = make_batch("plain", device).input_ids
     ask = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(sparse.eval().generate(prompt, **ask), dense.eval().generate(prompt, **ask))
-
-
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("mode", SETTINGS)
-def test_offloaded_models_train(mode: str, lora: bool) -> None:
-    """accelerate's hooks bring parameters when their layer runs; before, they are on no device."""
-    ids = torch.randint(3, 100, (2, 40))
-    losses = []
-    for offloaded in (False, True):
-        torch.manual_seed(0)
-        model = build("llama", lora=lora, dtype=torch.bfloat16)
-        lemo.sparsify(model, config(**SETTINGS[mode]))
-        if offloaded:
-            cpu_offload(causal_lm(model), execution_device="cpu")
-        losses.append(model(input_ids=ids, labels=ids).loss.detach())
-    # Linears with hooks aren't fused with their LoRA, which rounds otherwise.
-    torch.testing.assert_close(*losses, rtol=1e-3 if lora else 0, atol=0)
-
-
-def test_a_wrapped_attention_keeps_its_window() -> None:
-    model = build("qwen2-window", lora=False)
-    layers, row = layers_of(model), architecture_of("qwen2")
-    windows = [ArchitectureView(layer, row).window for layer in layers]
-    assert len(set(windows)) > 1
-    for layer in layers:
-        layer.self_attn = checkpoint_wrapper(layer.self_attn)
-    assert [ArchitectureView(layer, row).window for layer in layers] == windows

@@ -149,9 +149,7 @@ def gated_backend(gate: Tensor, up: Tensor) -> str:
 
 def rectified_backend(x: Tensor) -> str:
     """`triton` or `torch` for a ReLU that keeps bits; logged once for every reason."""
-    reason = _reason_against_any(x)
-    if reason is None and x.dtype not in _DTYPES:
-        reason = f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    reason = _reason_against_any(x) or _reason_against_dtype(x)
     _note("ReLU", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
 
@@ -190,8 +188,7 @@ def loss_backend(x: Tensor, plain: bool) -> str:
     reason = _reason_against_any(x)
     if reason is None and not plain:
         reason = "the head is no plain nn.Linear, or somebody listens to it"
-    if reason is None and x.dtype not in _DTYPES:
-        reason = f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    reason = reason or _reason_against_dtype(x)
     _note("cross-entropy", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
 
@@ -212,7 +209,7 @@ def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_kn
         return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
     if numbers > MOST_NUMBERS:
         return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
-    return None if x.dtype in _DTYPES else f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
+    return _reason_against_dtype(x)
 
 
 def ranking_backend(score: Tensor, longest: int) -> str:
@@ -238,6 +235,10 @@ def _reason_against_any(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"Triton kernels need a CUDA device, the tensors are on {x.device.type}"
     return None if _has_triton() else "triton isn't installed"
+
+
+def _reason_against_dtype(x: Tensor) -> str | None:
+    return None if x.dtype in _DTYPES else f"the kernel takes fp32, fp16 and bf16, not {x.dtype}"
 
 
 def prefix_by_library(q: Tensor) -> bool:

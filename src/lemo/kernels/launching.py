@@ -68,7 +68,9 @@ def specialized(x: Any) -> Any:
 def _hooked() -> bool:
     """Whether somebody, a profiler for one, wants to hear of launches."""
     hooks = triton.knobs.runtime
-    # Chains of calls, where nobody put a function or None in their place.
-    return any(
-        hook is not None and getattr(hook, "calls", True) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)
-    )
+    return bool(_calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook))
+
+
+def _calls(hook: Any) -> Any:
+    """Of a chain its calls; somebody may have put None or a function in its place."""
+    return hook is not None and getattr(hook, "calls", True)

@@ -131,7 +131,7 @@ class Runtime:
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
-    _density: _Mean = field(default_factory=lambda: _Mean())
+    _density: _Mean = field(default_factory=_Mean)
 
     def seed(self, seed: int) -> None:
         """Seeds the draws of the `segments` and `random` policies."""

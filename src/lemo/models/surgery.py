@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def restore(model: Any) -> Any:
     causal_lm._modules.pop(BYPASSES, None)
     for module in causal_lm.modules():
         if RUNTIME in module.__dict__:
-            module.__class__ = type(module).__mro__[2]
+            _give_class(module, type(module).__mro__[2])
             for name in _ATTRIBUTES:
                 module.__dict__.pop(name, None)
     return model
@@ -207,11 +207,17 @@ def _is_dispatched(module: Any) -> bool:
     return getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
 
 
-def _swap(module: Any, mixin: type) -> None:
-    dispatched, cls = _is_dispatched(module), cast(Any, type(module))
-    module.__class__ = _subclass(cls, mixin)
+def _swap(module: Any, mixin: Any) -> None:
+    cls: Any = type(module)
+    _give_class(module, _subclass(cls, mixin))
+
+
+def _give_class(module: Any, cls: Any) -> None:
+    """Another class, whose `forward` accelerate's hooks then stand before."""
+    dispatched = _is_dispatched(module)
+    module.__class__ = cls
     if dispatched:
-        module._old_forward = MethodType(type(module).forward, module)
+        module._old_forward = MethodType(cls.forward, module)
 
 
 @functools.cache

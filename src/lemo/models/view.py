@@ -102,8 +102,7 @@ class ArchitectureView:
 
     def fused(self, store_less: bool = False) -> AbstractContextManager[None]:
         attention, home, row = self._attention, self._mlp_home, self.row
-        linears = [getattr(attention, name) for name in (row.query, row.key, row.value, row.output)]
-        linears += [getattr(home, name) for name in (row.gate, row.up, row.down) if name]
+        linears = [linear for group in self.linears_by_input for linear in group]
         norms = [self._part(name) for name in (row.attention_norm, row.mlp_norm)]
         norms += [getattr(attention, name) for name in (row.query_norm, row.key_norm) if name]
         mlps = [home] if row.mlp and row.gate else []

@@ -164,22 +164,23 @@ class Predictor(nn.Module):
     def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
         """The first matrices for inputs before their norm. Made anew where the norm's weights have changed, and each
         time where they can train: fused optimizers leave a tensor's version alone."""
+        weights = [x for x in (norm.weight, norm.bias) if x is not None]
+        if any(x.requires_grad or x.is_inference() for x in weights):
+            self._first_look = None
+            return self._look_anew(dtype, norm)
+        held, made_from = self._first_look, (dtype, norm.eps, *(x._version for x in weights))
+        if held is None or held[0] != made_from or not all(map(operator.is_, held[1], weights)):
+            held = self._first_look = (made_from, weights, self._look_anew(dtype, norm))
+        return held[2]
+
+    @torch.no_grad()
+    def _look_anew(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
         from lemo.kernels.prediction import FirstLook
 
-        weights = [x for x in (norm.weight, norm.bias) if x is not None]
-        frozen = not any(x.requires_grad or x.is_inference() for x in weights)
-        made_from = (dtype, norm.eps, *(x._version for x in weights)) if frozen else ()
-        if frozen and self._first_look is not None:
-            before, of, look = self._first_look
-            if before == made_from and len(of) == len(weights) and all(map(operator.is_, of, weights)):
-                return look
-        with torch.no_grad():
-            first = self._first_matrices()
-            shift = -self.center if norm.bias is None else norm.bias.float() - self.center
-            matrix = (first * norm.weight.float()).to(dtype).contiguous()
-            look = FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
-        self._first_look = (made_from, weights, look) if frozen else None
-        return look
+        first = self._first_matrices()
+        shift = -self.center if norm.bias is None else norm.bias.float() - self.center
+        matrix = (first * norm.weight.float()).to(dtype).contiguous()
+        return FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
 
     def _stack(self, dtype: torch.dtype) -> _Stacked:
         """Made once for a dtype and device."""
