@@ -305,3 +305,14 @@ def record_layers(model: nn.Module, into: list[Tensor]) -> list[Any]:
         layer.register_forward_hook(lambda m, a, out: into.append(tensor_of(out).detach().clone()))
         for layer in layers_of(model)
     ]
+
+
+def all_listed(lists: Any) -> list[list[list[int]]]:
+    """First rows of each key head's and query block's key blocks, of a lemo.kernels.block_lists.BlockLists."""
+    grid = lists.grid
+    slots = torch.arange(int(grid.count.max()), device=grid.device)
+    query = torch.arange(len(grid.count), device=grid.device)[:, None]
+    return [
+        [rows[:count] for rows, count in zip(head, grid.count.tolist(), strict=True)]
+        for head in lists.listed(query, slots).tolist()
+    ]

@@ -74,7 +74,8 @@ class Attend(Frozen):
             `density` allows; with `choice: none` all of them but the first are the window.
         choice: of distant blocks, in each layer. `none` (default, the best where it was measured: docs/quality.md): the
             nearest ones, which makes the window wider. `pooled`: by the mean of a block's queries and that of a block's
-            keys, for each key head. `random`: drawn anew for each layer and step (a baseline).
+            keys, for each key head. `random`: drawn anew for each layer and step (a baseline). `sampled`: drawn, each
+            with the weight of those it stands for, which makes attention an estimate of the dense one.
         labelled: `sparse`: all query blocks alike. `dense`: those with a token that enters the loss see everything, for
             data with few labels.
         block: tokens per key block; on a GPU 16, 32, 64 or 128.
@@ -82,7 +83,7 @@ class Attend(Frozen):
 
     density: Share | tuple[Share, ...] | None = 0.25
     window: int | None = Field(default=None, ge=1)
-    choice: Literal["none", "pooled", "random"] = "none"
+    choice: Literal["none", "pooled", "random", "sampled"] = "none"
     labelled: Literal["dense", "sparse"] = "sparse"
     block: int = Field(default=64, ge=1)
 

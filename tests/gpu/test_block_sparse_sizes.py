@@ -19,6 +19,7 @@ from lemo.config import QUERY_BLOCKS, Attend
 from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
+from reference import all_listed
 
 pytest.importorskip("triton")
 from lemo.kernels import block_sparse as kernels
@@ -110,12 +111,12 @@ def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lists: BlockLists, case
     (H, K), scale = case.heads, case.d**-0.5
     out, dq, dk, dv = torch.zeros_like(grad), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     device = q.device
-    entries, starts, counts = lists.entries.cpu(), lists.grid.start, lists.grid.count
+    by_head = all_listed(lists)
     block = 0
     for first, end in case.bounds:
         for begin in range(first, end, QUERY_BLOCKS * case.block):
             queries = rows[(rows >= begin) & (rows < min(begin + QUERY_BLOCKS * case.block, end))]
-            listed = torch.stack([entries[s[block] : s[block] + counts[block]] for s in starts]).expand(K, -1)
+            listed = torch.tensor([head[block] for head in by_head]).expand(K, -1)
             block += 1
             if not len(queries):
                 continue
@@ -174,7 +175,7 @@ def test_errors_are_those_of_torchs_dense_attention(case: Case, device: torch.de
     lists = lists_of(case, q, k, case.density)
     if case.choice == "pooled":
         assert len(lists.grid.start) == case.heads[1]
-        assert not torch.equal(*(lists.entries[s[0] : s[0] + 512] for s in lists.grid.start[:2, -1:]))
+        assert all_listed(lists)[0] != all_listed(lists)[1]
     mine = rows.to(device)
     queries = kernels.Queries(lists, None if case.every == 1 else rows)
     scale = case.d**-0.5

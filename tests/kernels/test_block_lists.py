@@ -14,6 +14,7 @@ from lemo.kernels import block_lists
 from lemo.kernels.block_lists import BlockLists, KeyLists
 from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
+from reference import all_listed
 
 DEVICE = torch.device(os.environ.get("LEMO_TEST_DEVICE", "cpu"))
 ROWS = {
@@ -35,6 +36,7 @@ def lists_of(settings: dict[str, Any]) -> BlockLists:
 
 LISTS: dict[str, dict[str, Any]] = {
     "random": {"choice": "random", "density": 0.5, "labelled": "dense"},
+    "sampled": {"choice": "sampled", "density": 0.5, "labelled": "dense"},
     "nearest": {"choice": "none", "density": 0.5},
     "everything": {"choice": "random", "density": 1.0},
 }
@@ -42,13 +44,14 @@ LISTS: dict[str, dict[str, Any]] = {
 
 def by_loops(lists: BlockLists) -> list[list[list[int]]]:
     """By key head and key block: query blocks that see it."""
-    grid, entries = lists.grid, lists.entries.tolist()
+    grid = lists.grid
     found: list[list[list[int]]] = [[[] for _ in grid.key_first] for _ in grid.start]
     place = {int(first): j for j, first in enumerate(grid.key_first)}
-    for seen, starts in zip(found, grid.start, strict=True):
-        for i, (start, count) in enumerate(zip(starts, grid.count, strict=True)):
-            for first in entries[start : start + count]:
-                seen[place[first]].append(i)
+    for seen, head in zip(found, all_listed(lists), strict=True):
+        for i, listed in enumerate(head):
+            for slot, first in enumerate(listed):
+                drawn = grid.weight is not None and grid.certain[i] <= slot < grid.chosen[i]
+                seen[place[first]].append(~i if drawn else i)
     return found
 
 
@@ -63,7 +66,7 @@ def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeyp
     monkeypatch.setattr(block_lists, "_AT_ONCE", at_once)
     lists = lists_of(LISTS[which])
     turned, wanted = lists.turned, by_loops(lists)
-    assert len(wanted) == (2 if which == "random" else 1)
+    assert len(wanted) == (2 if which in ("random", "sampled") else 1)
     assert taken_apart(turned) == wanted
     assert turned.seers.dtype == torch.int32
     for order, seen in zip(turned.order.tolist(), wanted, strict=True):
@@ -71,6 +74,15 @@ def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeyp
         assert sorted(order) == list(range(len(seen)))
         assert lengths == sorted(lengths, reverse=True)
     assert all(seen[j][0] == i for seen in wanted for j, i in enumerate(lists.grid.query_of_key))
+
+
+def tiles_of(seers: list[int], block: list[int]) -> list[int]:
+    """Tiles in these query blocks, complements for complements."""
+    found = []
+    for i in seers:
+        mine = [t for t, b in enumerate(block) if b == max(i, ~i)]
+        found += mine if i >= 0 else [~t for t in mine]
+    return found
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -87,7 +99,7 @@ def test_tiles_that_see_a_key_block_are_those_of_loops(which: str, most: int, ro
     for i, mine in zip(block, cut, strict=True):
         assert grid.query_first[i] <= mine[0] <= mine[-1] < grid.query_end[i]
     spread = lists.spread(tiles)
-    wanted = [[[t for i in seen for t, b in enumerate(block) if b == i] for seen in head] for head in by_loops(lists)]
+    wanted = [[tiles_of(seen, block) for seen in head] for head in by_loops(lists)]
     assert taken_apart(spread) == wanted
     own = [sum(b == i for b in block) for i in grid.query_of_key]
     assert spread.own.tolist() == own

@@ -38,6 +38,7 @@ BATCHES: dict[str, dict[str, Any]] = {
 GROUPS = {**HEADS, "many": (40, 1)}
 CHOICES: dict[str, dict[str, Any]] = {
     "random": {"choice": "random", "density": 0.6},
+    "sampled": {"choice": "sampled", "density": 0.6},
     "one window block": {"choice": "random", "density": 0.55, "window": 1},
     "window": {"choice": "none", "density": 0.5},
     "everything": {"choice": "random", "density": 1.0},
@@ -65,9 +66,9 @@ def draw(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> list[torch.
     return [*(x.transpose(0, 1) for x in drawn[:-1]), drawn[-1]]
 
 
-def exact(q: Any, k: Any, v: Any, grad: Any, seen: torch.Tensor, scale: float, dtype: torch.dtype) -> list[Any]:
+def exact(q: Any, k: Any, v: Any, grad: Any, bias: torch.Tensor, scale: float, dtype: torch.dtype) -> list[Any]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    out = reference.block_sparse_attention(*leaves, seen, scale)
+    out = reference.block_sparse_attention(*leaves, bias, scale)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
@@ -97,9 +98,9 @@ def check(
     N, M = len(rows), layout.rows
     q, k, v, grad = draw(((H, N, d), (K, M, d), (K, M, d), (H, N, d)), dtype)
     scale = d**-0.5
-    seen = lists.seen(rows.to(DEVICE), 0, M)
-    wanted = exact(q, k, v, grad, seen, scale, torch.float64)
-    plain = exact(q, k, v, grad, seen, scale, dtype)
+    bias = lists.bias(rows.to(DEVICE), 0, M)
+    wanted = exact(q, k, v, grad, bias, scale, torch.float64)
+    plain = exact(q, k, v, grad, bias, scale, dtype)
     poisoned(monkeypatch)
     queries = kernels.Queries(lists, host_rows)
     out, lse = kernels.block_sparse_forward(q, k, v, queries, scale)
@@ -122,10 +123,11 @@ def test_all_rows(batch: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(monkeypatch, batch, choice)
 
 
+@pytest.mark.parametrize("choice", ["random", "sampled"])
 @pytest.mark.parametrize("which", ["scattered", "few", "end", "none"])
 @pytest.mark.parametrize("batch", ["one", "padding", "packed"])
-def test_some_rows(batch: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(monkeypatch, batch, "random", which)
+def test_some_rows(batch: str, which: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, batch, choice, which)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,6 +138,12 @@ def test_sliding_windows(
     batch: str, window: int, which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(monkeypatch, batch, "one window block", which, dtype=dtype, window=window)
+
+
+@pytest.mark.parametrize("which", ["all", "scattered"])
+@pytest.mark.parametrize("window", [45, 100])
+def test_weights_in_sliding_windows(window: int, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, "packed", "sampled", which, window=window)
 
 
 @pytest.mark.parametrize("d", [8, 40, 64, 128])
@@ -203,7 +211,7 @@ def test_what_the_kernel_cant_do_is_torchs_on_a_cpu_and_an_error_on_a_gpu(
 def test_lists_are_obeyed() -> None:
     """Keys outside a query's lists change nothing, keys inside do: the masks above aren't everything."""
     _, lists = lists_of("one", CHOICES["random"], 2, None)
-    seen = lists.seen(torch.arange(230, device=DEVICE), 0, 230)
+    seen = lists.bias(torch.arange(230, device=DEVICE), 0, 230) > float("-inf")
     causal = torch.ones(230, 230, device=DEVICE, dtype=torch.bool).tril()
     assert (seen <= causal).all()
     assert not torch.equal(seen[0], seen[1]), "both heads drew the same"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models import get_runtime
-from reference import explicit_masks, hooks
+from reference import all_listed, explicit_masks, hooks
 from tiny import Batch, causal_lm, layers_of, window_of
 
 Score = Callable[[int, int, int], float]
@@ -111,7 +111,8 @@ def reported(
     assert runtime is not None
     lists = runtime.last_lists[layer]
     grid, size = lists.grid, lists.grid.key_block
-    entries, K = lists.entries.tolist(), heads_of(sparse)[1]
+    K = heads_of(sparse)[1]
+    listed = all_listed(lists)
     found: list[list[list[set[int]]]] = []
     documents = batch.documents
     if kept is not None:
@@ -121,8 +122,7 @@ def reported(
         found.append([])
         mine = [i for i, first in enumerate(grid.query_first.tolist()) if document[0] <= first <= document[-1]]
         for k in range(K):
-            starts = grid.start[min(k, len(grid.start) - 1)]
-            rows = [entries[starts[i] : starts[i] + grid.count[i]] for i in mine]
+            rows = [listed[min(k, len(listed) - 1)][i] for i in mine]
             assert all(list_ == sorted(set(list_)) for list_ in rows), "lists ascend"
             found[-1].append([{(row - document[0]) // size for row in list_} for list_ in rows])
     return found

@@ -1,8 +1,9 @@
 """Which blocks of keys each block of queries sees, as the block-sparse kernels take it.
 
-A `BlockGrid` is the geometry, the same in every layer: where blocks lie and how many each list holds; it is known on
-the host, so that nothing waits for the device. `BlockLists` adds the lists, which may differ by layer and by key head.
-A list holds the first rows of its key blocks, ascending; the last of them lie in the query block itself.
+A query block's list is its chosen key blocks, then a run of those that follow each other up to its own end. A
+`BlockGrid` is the geometry, the same in every layer: where blocks and runs lie and how many are chosen; it is known on
+the host, so that nothing waits for the device. `BlockLists` adds the chosen ones, which may differ by layer and by key
+head. Of these the last may be drawn ones, each of which stands for several: its keys' scores get a weight's logarithm.
 
 The kernels work in tiles of queries of one block; `cut_tiles` cuts any ascending ones, all or some. For the gradients
 of keys and values `turn_round` lists for each key block the query blocks that see it, and `spread` the tiles of some
@@ -27,6 +28,7 @@ Integers = NDArray[np.int64]
 # Entries of lists that are turned round at a time: some 50 bytes each until they are done.
 _AT_ONCE = 2**24
 _ALL = 2**31 - 1
+LN_2 = 0.6931471805599453
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 
@@ -45,7 +47,10 @@ class BlockGrid:
         query_of_key: the query block in which each key block lies, [nk].
         count: length of each query block's list, [nq].
         tail: how many of it, the last, lie in the query block itself, [nq].
-        start: where lists start in `BlockLists.entries`, [K or 1, nq].
+        chosen: how many of it, the first, aren't part of the run, [nq].
+        start: where chosen ones start in `BlockLists.entries`, [K or 1, nq].
+        certain: how many of the chosen ones, the first, stand for themselves alone, [nq].
+        weight: how many key blocks each of the others stands for, fp64 [nq]; None where there are none.
         device: of the tensors.
     """
 
@@ -60,16 +65,23 @@ class BlockGrid:
     query_of_key: Integers
     count: Integers
     tail: Integers
+    chosen: Integers
     start: Integers
+    certain: Integers
+    weight: NDArray[np.float64] | None
     device: torch.device
 
     @functools.cached_property
     def here(self) -> GridTensors:
         """What the kernels read, on the device; staged from pageable memory, so nothing waits."""
+        run = self.query_first - (self.count - self.tail - self.chosen) * self.key_block
         return GridTensors(
             count=on_device(self.count, torch.int32, self.device),
-            tail=on_device(self.tail if self.lowest is None else self.count, torch.int32, self.device),
+            chosen=on_device(self.chosen, torch.int32, self.device),
             start=on_device(self.start, torch.int64, self.device),
+            run=on_device(run, torch.int32, self.device),
+            certain=on_device(self.certain, torch.int32, self.device),
+            boost=None if self.weight is None else on_device(np.log2(self.weight), torch.float32, self.device),
             key_first=on_device(self.key_first, torch.int32, self.device),
             key_end=on_device(self.key_end, torch.int32, self.device),
             query_first=on_device(self.query_first, torch.int32, self.device),
@@ -118,11 +130,14 @@ class Latest(Generic[KeyT, ValueT]):
 
 @dataclass(frozen=True, eq=False)
 class GridTensors:
-    """A grid's numbers on the device; `tail` counts the entries that need a mask."""
+    """A grid's numbers on the device; `run`: first rows of runs; `boost`: logarithms of weights to base 2."""
 
     count: Tensor
-    tail: Tensor
+    chosen: Tensor
     start: Tensor
+    run: Tensor
+    certain: Tensor
+    boost: Tensor | None
     key_first: Tensor
     key_end: Tensor
     query_first: Tensor
@@ -135,11 +150,26 @@ class BlockLists:
 
     Attributes:
         grid: where blocks lie.
-        entries: first rows of key blocks, int32; list i of key head k is `count[i]` of them from `start[k, i]` on.
+        entries: first rows of chosen key blocks, int32; list i of key head k has `chosen[i]` from `start[k, i]` on.
     """
 
     grid: BlockGrid
     entries: Tensor
+
+    def listed(self, query: Tensor, slot: Tensor, heads: slice = slice(None)) -> Tensor:
+        """First rows of the key blocks in these slots of query blocks' lists, int32 [key heads, ...].
+
+        Args:
+            query, slot: integers, of shapes that broadcast.
+            heads: which key heads.
+        """
+        here = self.grid.here
+        chosen = here.chosen[query]
+        run = here.run[query] + (slot - chosen).int() * self.grid.key_block
+        if not len(self.entries):
+            return run[None]
+        where = (here.start[heads, query] + slot).clamp(max=len(self.entries) - 1)
+        return torch.where(slot < chosen, self.entries[where], run)
 
     @functools.cached_property
     def turned(self) -> KeyLists:
@@ -157,32 +187,36 @@ class BlockLists:
             made[None] = spread(self.turned, self.grid, tiles)
         return made[None]
 
-    def seen(self, rows: Tensor, first: int, end: int) -> Tensor:
-        """Which of some keys some queries see, bool [K or 1, N, end - first]: of quadratic size, for plain torch.
-
-        A query of padding sees nothing.
+    def bias(self, rows: Tensor, first: int, end: int) -> Tensor:
+        """What is added to scores of some queries and keys, fp32 [K or 1, N, end - first]: -inf where a query doesn't
+        see a key, 0, or its weight's logarithm. Of quadratic size, for plain torch. A query of padding sees nothing.
 
         Args:
             rows: the queries' rows, int64 [N].
             first, end: rows of the keys.
         """
         grid, device = self.grid, rows.device
+        here = grid.here
         block = _block_of(rows, grid.query_first, grid.query_end)
+        query = block.clamp(min=0)[:, None]
         # A last column takes what is in no list, and a last key block what lies in none.
         nk, length = len(grid.key_first), int(grid.count.max(initial=0))
         slot = torch.arange(length, device=device)
-        where = (grid.here.start[:, block.clamp(min=0), None] + slot).clamp(max=len(self.entries) - 1)
-        listed = (slot < grid.here.count[block.clamp(min=0), None]) & (block >= 0)[:, None]
-        entry = torch.searchsorted(grid.here.key_first, self.entries[where])
-        hits = torch.zeros(*where.shape[:2], nk + 1, dtype=torch.bool, device=device)
-        hits.scatter_(2, torch.where(listed, entry, nk), True)
-        hits[..., nk] = False
+        listed = (slot < here.count[query]) & (block >= 0)[:, None]
+        entry = torch.searchsorted(here.key_first, self.listed(query, slot).contiguous())
+        weight = torch.zeros(slot.shape, device=device).expand_as(listed)
+        if here.boost is not None:
+            drawn = (slot >= here.certain[query]) & (slot < here.chosen[query])
+            weight = torch.where(drawn, here.boost[query] * LN_2, weight)
+        hits = torch.full((*entry.shape[:2], nk + 1), float("-inf"), device=device)
+        hits.scatter_(2, torch.where(listed, entry, nk), weight.expand_as(entry))
+        hits[..., nk] = float("-inf")
         keys = torch.arange(first, end, device=device)
         key_block = _block_of(keys, grid.key_first, grid.key_end)
-        seen = hits[..., torch.where(key_block < 0, nk, key_block)] & (keys <= rows[:, None])
-        if grid.lowest is None:
-            return seen
-        return seen & (keys >= on_device(grid.lowest, torch.int64, device)[rows, None])
+        unseen = keys > rows[:, None]
+        if grid.lowest is not None:
+            unseen |= keys < on_device(grid.lowest, torch.int64, device)[rows, None]
+        return hits[..., torch.where(key_block < 0, nk, key_block)].masked_fill_(unseen, float("-inf"))
 
 
 def _block_of(rows: Tensor, first: Integers, end: Integers) -> Tensor:
@@ -243,7 +277,8 @@ class KeyLists:
     """For each key block the query blocks, or the tiles of queries, that see it.
 
     Attributes:
-        seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
+        seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending. One that
+            drew the key block stands as its complement, ~i.
         start: int64 [K or 1, nk + 1].
         own: how many of them, the first, lie in the key block's query block, int32 [nk].
         order: key blocks, those with most first, int32 [K or 1, nk].
@@ -271,10 +306,14 @@ def turn_round(lists: BlockLists) -> KeyLists:
     ends = torch.cat([grid.here.key_first, grid.here.key_first.new_full((1,), _ALL)])
     seers, start = query.new_empty(heads, pairs), slot.new_empty(heads, nk + 1)
     step = max(1, _AT_ONCE // max(1, pairs))
+    signed = query
+    if grid.weight is not None:
+        drawn = (slot >= grid.here.certain[query]) & (slot < grid.here.chosen[query])
+        signed = torch.where(drawn, ~query, query)
     for k in range(0, heads, step):
         # Stable: a key block's query blocks ascend, so the sums have one order.
-        key_row, order = lists.entries[grid.here.start[k : k + step, query] + slot].sort(dim=1, stable=True)
-        seers[k : k + step] = query[order]
+        key_row, order = lists.listed(query, slot, slice(k, k + step)).sort(dim=1, stable=True)
+        seers[k : k + step] = signed[order]
         start[k : k + step] = torch.searchsorted(key_row, ends.expand(len(key_row), -1).contiguous())
     start += pairs * torch.arange(heads, device=device)[:, None]
     return KeyLists(seers.flatten(), start, torch.ones(nk, dtype=torch.int32, device=device), _longest_first(start))
@@ -289,14 +328,18 @@ def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
     first = (per_block.cumsum(0) - per_block).int()
     assert total <= _ALL, "tiles of one head are counted in int32"
     seers, start = first.new_empty(heads, total), turned.start.clone()
-    for k, query in enumerate(turned.seers.view(heads, pairs)):
+    numbered = torch.arange(total, dtype=torch.int32, device=device)
+    for k, signed in enumerate(turned.seers.view(heads, pairs)):
+        query = torch.where(signed < 0, ~signed, signed)
         count = per_block[query]
         # Tiles before each pair's, all pairs' at the end.
         before = torch.nn.functional.pad(count.cumsum(0), (1, 0))
         offset = first[query] - before[:-1].int()
-        seers[k] = offset.repeat_interleave(count, output_size=total)
+        tile = offset.repeat_interleave(count, output_size=total) + numbered
+        if grid.weight is not None:
+            tile = torch.where((signed < 0).repeat_interleave(count, output_size=total), ~tile, tile)
+        seers[k] = tile
         start[k] = before[turned.start[k] - k * pairs] + k * total
-    seers += torch.arange(total, dtype=torch.int32, device=device)
     own = per_block[on_device(grid.query_of_key, torch.int64, device)]
     return KeyLists(seers.flatten(), start, own, _longest_first(start))
 

@@ -1,7 +1,8 @@
 """Attention in which each block of queries sees the key blocks of its list, forward and backward, in Triton.
 
-A program takes a tile of queries of one block (`lemo.kernels.block_lists`) and goes through the block's list; only the
-last entries, those inside the query block itself, need a mask (where a sliding window cuts, all do). Gradients of keys
+A program takes a tile of queries of one block (`lemo.kernels.block_lists`) and goes through the block's chosen key
+blocks, the run before it, and itself; only keys inside the query block need a mask (where a sliding window cuts, all
+do). Gradients of keys
 and values: a program takes the keys of a block and goes through the tiles of queries that see it, those that most see
 first; sums have one order, so results repeat bit by bit.
 
@@ -157,11 +158,15 @@ def key_gradients(
         full = full and grid.longest % rows == 0
     else:
         seen_by, first, end, chunks, full = lists.spread(tiles), tiles.first, tiles.end, 1, False
+    boost = grid.here.boost
+    if boost is not None and queries.host_rows is not None:
+        boost = boost[tiles.block]
     new = torch.zeros if grid.padded else torch.empty
     dk, dv = (new(x.shape, device=x.device, dtype=x.dtype) for x in (k_KMd, v_KMd))
     with torch.cuda.device_of(q_HNd):
         backward_keys[(K * len(grid.key_first) * constants["PARTS"],)](
             q_HNd, k_KMd, v_KMd, grad_NHd, lse_HN, delta_HN, dk, dv, *_rows_of(tiles), first, end,
+            first if boost is None else boost,
             seen_by.seers, seen_by.start, _head_stride(seen_by.start), seen_by.own,
             seen_by.order, _head_stride(seen_by.order), grid.here.key_first, grid.here.key_end,
             scale * LOG2_E, scale, N, K,
@@ -189,6 +194,7 @@ def _constants_and_tiles(q_HNd: Tensor, K: int, queries: Queries, launch: Launch
         "BN": keys,
         "PARTS": grid.key_block // keys,
         "CUT": grid.lowest is not None,
+        "WEIGHTED": grid.weight is not None,
         # Tensor cores round fp32 to 10 bits of mantissa; fp32 is for those who want it exact.
         "PRECISION": "ieee" if q_HNd.dtype == torch.float32 else "tf32",
         "num_warps": launch.warps,
@@ -207,7 +213,9 @@ def _of_tiles(tiles: RowTiles) -> tuple[Tensor, ...]:
 
 def _of_lists(lists: BlockLists) -> tuple[Tensor | int, ...]:
     here = lists.grid.here
-    return lists.entries, here.start, _head_stride(here.start), here.count, here.tail, here.query_end
+    start, boost = here.start, here.run if here.boost is None else here.boost
+    where = lists.entries, start, _head_stride(start), here.chosen, here.run, here.query_first, here.query_end
+    return *where, here.certain, boost
 
 
 def _head_stride(table: Tensor) -> int:

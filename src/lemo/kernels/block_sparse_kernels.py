@@ -71,40 +71,81 @@ def _sees(POSITION, LOWEST, row, live, keys, CUT: tl.constexpr):
 
 
 @triton.jit
-def _list_of(BLOCK, tile, START, start_h, COUNT, TAIL, QUERY_END, kv):
-    """Where the list of a tile's block begins, needs a mask from, and ends; and the block's end."""
+def _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv):
+    """Of a tile's block: where its chosen entries begin and end, the first rows of its run and of itself, its end."""
     block = tl.load(BLOCK + tile)
     begin = tl.load(START + kv * start_h + block)
-    end = begin + tl.load(COUNT + block)
-    return begin, end - tl.load(TAIL + block), end, tl.load(QUERY_END + block)
+    end = begin + tl.load(CHOSEN + block)
+    return begin, end, tl.load(RUN + block), tl.load(QUERY_FIRST + block), tl.load(QUERY_END + block), block
 
 
 @triton.jit
-def _attend_entries(
-    q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, limit, scale_log2, m, l, acc,
+def _drawn_after(CERTAIN, BOOST, block, begin, WEIGHTED: tl.constexpr):
+    """The entry from which on keys have a weight, and its logarithm."""
+    drawn, boost = begin, 0.0
+    if WEIGHTED:
+        drawn, boost = begin + tl.load(CERTAIN + block), tl.load(BOOST + block)
+    return drawn, boost
+
+
+@triton.jit
+def _attend_keys(
+    q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, boost, m, l, acc,
     skm, skd, svm, svd,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, CUT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
+    k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    if WEIGHTED:
+        s += boost
+    if MASKED:
+        s = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), s, float("-inf"))
+    v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+    return softmax_step(s, v, m, l, acc, PRECISION)
+
+
+@triton.jit
+def _attend_chosen(
+    q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, drawn, boost, limit, scale_log2, m, l, acc,
+    skm, skd, svm, svd,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     for place in range(start * PARTS, stop * PARTS):
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
-        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if MASKED:
-            s = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), s, float("-inf"))
-        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
-        m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
+        m, l, acc = _attend_keys(
+            q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, tl.where(place // PARTS < drawn, 0.0, boost),
+            m, l, acc, skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, WEIGHTED,
+        )  # fmt: skip
+    return m, l, acc
+
+
+@triton.jit
+def _attend_run(
+    q, Kh, Vh, POSITION, LOWEST, row, live, run, stop, limit, scale_log2, m, l, acc,
+    skm, skd, svm, svd,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """Keys that follow each other: where they lie is arithmetic, so that loads of later ones wait for none."""
+    for step in range(0, stop - run, BN):
+        m, l, acc = _attend_keys(
+            q, Kh, Vh, POSITION, LOWEST, row, live, run + step, limit, scale_log2, 0.0, m, l, acc,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, MASKED, CUT, False,
+        )  # fmt: skip
     return m, l, acc
 
 
 @triton.jit
 def forward(
-    Q, K, V, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END, ENTRIES, START, start_h, COUNT, TAIL, QUERY_END,
+    Q, K, V, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END,
+    ENTRIES, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, CERTAIN, BOOST,
     scale_log2, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     # The last blocks see most: they go first. Those that read the same keys go together.
     place = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -112,19 +153,26 @@ def forward(
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
     row, head, live = _lanes(END, tile, first, HEADS, BM)
-    begin, edge, end, limit = _list_of(BLOCK, tile, START, start_h, COUNT, TAIL, QUERY_END, kv)
+    begin, end, run, own, limit, block = _list_of(
+        BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv
+    )  # fmt: skip
+    drawn, boost = _drawn_after(CERTAIN, BOOST, block, begin, WEIGHTED)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    m, l, acc = _attend_entries(
-        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, edge, limit, scale_log2, m, l, acc,
-        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, False, CUT,
+    m, l, acc = _attend_chosen(
+        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, end, drawn, boost, limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
     )  # fmt: skip
-    m, l, acc = _attend_entries(
-        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, edge, end, limit, scale_log2, m, l, acc,
-        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, True, CUT,
+    m, l, acc = _attend_run(
+        q, Kh, Vh, POSITION, LOWEST, row, live, run, own, limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
+    )  # fmt: skip
+    m, l, acc = _attend_run(
+        q, Kh, Vh, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first), limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
     )  # fmt: skip
     # Lanes past the end may have seen nothing.
     l = tl.where(live, l, 1.0)
@@ -134,39 +182,79 @@ def forward(
 
 
 @triton.jit
-def _query_gradient(
-    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, limit, scale_log2, dq,
+def _past_last(POSITION, END, tile, first):
+    """One past the row of a tile's last query, which sees no key from there on."""
+    return tl.load(POSITION + tl.load(END + tile) - 1 - first) + 1
+
+
+@triton.jit
+def _query_keys(
+    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
     skm, skd, svm, svd,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
+    k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+    v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+    if MASKED:
+        p = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), p, 0.0)
+    return query_step(p, do, delta, k, v, dq, PRECISION)
+
+
+@triton.jit
+def _query_chosen(
+    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, drawn, boost, limit, scale_log2, dq,
+    skm, skd, svm, svd,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     for place in range(start * PARTS, stop * PARTS):
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
-        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
-        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
-        if MASKED:
-            p = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), p, 0.0)
-        dq = query_step(p, do, delta, k, v, dq, PRECISION)
+        lse_here = lse
+        if WEIGHTED:
+            lse_here = lse - tl.where(place // PARTS < drawn, 0.0, boost)
+        dq = _query_keys(
+            q, do, lse_here, delta, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit
+def _query_run(
+    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run, stop, limit, scale_log2, dq,
+    skm, skd, svm, svd,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    for step in range(0, stop - run, BN):
+        dq = _query_keys(
+            q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run + step, limit, scale_log2, dq,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, MASKED, CUT,
+        )  # fmt: skip
     return dq
 
 
 @triton.jit
 def backward_queries(
     Q, K, V, O, DO, LSE, DELTA, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
-    ENTRIES, START, start_h, COUNT, TAIL, QUERY_END,
+    ENTRIES, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, CERTAIN, BOOST,
     scale_log2, scale, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     place = tl.num_programs(0) - 1 - tl.program_id(0)
     tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
     row, head, live = _lanes(END, tile, first, HEADS, BM)
-    begin, edge, end, limit = _list_of(BLOCK, tile, START, start_h, COUNT, TAIL, QUERY_END, kv)
+    begin, end, run, own, limit, block = _list_of(
+        BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv
+    )  # fmt: skip
+    drawn, boost = _drawn_after(CERTAIN, BOOST, block, begin, WEIGHTED)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     given, place_given = h * soh + first * son, _offsets(row, head, son, soh, HEADS)
     do = _load(DO + given, place_given, live, 1, D, BD, True)
@@ -177,24 +265,30 @@ def backward_queries(
     lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     dq = tl.zeros([BM, BD], tl.float32)
-    dq = _query_gradient(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, edge, limit, scale_log2, dq,
-        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, False, CUT,
+    dq = _query_chosen(
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, end, drawn, boost, limit, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
     )  # fmt: skip
-    dq = _query_gradient(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, edge, end, limit, scale_log2, dq,
-        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, True, CUT,
+    dq = _query_run(
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run, own, limit, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
+    )  # fmt: skip
+    dq = _query_run(
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first),
+        limit, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
     )  # fmt: skip
     _store(DQ + h * sgh + first * sgn, dq * scale, _offsets(row, head, sgn, sgh, HEADS), live, sgd, D, BD)
 
 
 @triton.jit
 def _key_gradient(
-    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, start, stop, leap_at, leap, kv, N,
+    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, BOOST, SEERS, start, stop, leap_at, leap, kv, N,
     scale_log2, dk, dv,
     sqh, sqn, sqd, soh, son,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Over tiles `start` to `stop`, of which those from `leap_at` on lie `leap` further on."""
     SPLIT: tl.constexpr = GROUP // HEADS
@@ -203,6 +297,11 @@ def _key_gradient(
         if MASKED:
             place += tl.where(counted < leap_at, 0, leap)
         tile = tl.load(SEERS + place // (CHUNKS * SPLIT))
+        boost = 0.0
+        if WEIGHTED:
+            # Those that drew these keys stand as their complement.
+            boost = tl.where(tile < 0, tl.load(BOOST + tl.where(tile < 0, ~tile, tile)), 0.0)
+            tile = tl.where(tile < 0, ~tile, tile)
         h = kv * GROUP + place % SPLIT * HEADS
         first = tl.load(FIRST + tile).to(tl.int64) + place // SPLIT % CHUNKS * (BM // HEADS)
         row, head, live = _lanes(END, tile, first, HEADS, BM)
@@ -215,6 +314,8 @@ def _key_gradient(
         else:
             lse = tl.load(LSE + h * N + first + place_lse)
             delta = tl.load(DELTA + h * N + first + place_lse)
+        if WEIGHTED:
+            lse -= boost
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
         if MASKED:
             p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
@@ -224,13 +325,13 @@ def _key_gradient(
 
 @triton.jit
 def backward_keys(
-    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, FIRST, END,
+    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, FIRST, END, BOOST,
     SEERS, START, start_h, OWN, ORDER, order_h, KEY_FIRST, KEY_END,
     scale_log2, scale, N, heads,
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
-    CUT: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
     TILES: tl.constexpr = CHUNKS * (GROUP // HEADS)
@@ -248,6 +349,8 @@ def backward_keys(
         own = unseen
     elif FULL:
         last = tl.load(SEERS + unseen - 1)
+        if WEIGHTED:
+            last = tl.where(last < 0, ~last, last)
         short = tl.load(END + last) - tl.load(FIRST + last) < CHUNKS * (BM // HEADS)
         ragged = tl.maximum(tl.where(short, unseen - 1, unseen), own)
     k = load_tile(K + kv * skh, keys, limit, skm, skd, D, BD)
@@ -255,14 +358,14 @@ def backward_keys(
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS,
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, BOOST, SEERS,
         seen * TILES, (own + unseen - ragged) * TILES, own * TILES, (ragged - own) * TILES, kv, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT,
+        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED,
     )  # fmt: skip
     dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS,
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, BOOST, SEERS,
         own * TILES, ragged * TILES, 0, 0, kv, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, not FULL, False, CUT,
+        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, not FULL, False, CUT, WEIGHTED,
     )  # fmt: skip
     store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)
     store_tile(DV + kv * sgh, dv, keys, limit, sgn, sgd, D, BD)

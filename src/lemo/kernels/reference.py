@@ -24,21 +24,21 @@ def attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, lo_N: Tensor, hi_N: T
     return (scores_HNM.softmax(-1) @ v_HMd).transpose(0, 1)
 
 
-def block_sparse_attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, seen_KNM: Tensor, scale: float) -> Tensor:
+def block_sparse_attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, bias_KNM: Tensor, scale: float) -> Tensor:
     """Softmax attention of each query over the keys it sees, 0 where it sees none; [N, H, d]. Differentiable.
 
     Args:
         q_HNd, k_KMd, v_KMd: H a multiple of K.
-        seen_KNM: bool, for each key head or, [1, N, M], for all.
+        bias_KNM: added to scores, -inf for keys that aren't seen; for each key head or, [1, N, M], for all.
         scale: factor on q·k.
     """
     H = q_HNd.shape[0]
     groups = H // k_KMd.shape[0]
     k_HMd, v_HMd = k_KMd.repeat_interleave(groups, 0), v_KMd.repeat_interleave(groups, 0)
-    seen_HNM = seen_KNM.repeat_interleave(H // seen_KNM.shape[0], 0)
-    scores_HNM = (q_HNd @ k_HMd.transpose(1, 2) * scale).masked_fill(~seen_HNM, float("-inf"))
+    bias_HNM = bias_KNM.repeat_interleave(H // bias_KNM.shape[0], 0)
+    scores_HNM = q_HNd @ k_HMd.transpose(1, 2) * scale + bias_HNM.to(q_HNd.dtype)
     # A softmax over nothing is NaN, and so would be its gradient.
-    blind = ~seen_HNM.any(-1, keepdim=True)
+    blind = (bias_HNM == float("-inf")).all(-1, keepdim=True)
     weights_HNM = scores_HNM.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     return (weights_HNM @ v_HMd).transpose(0, 1)
 

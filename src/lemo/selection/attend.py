@@ -166,7 +166,8 @@ def _build(
     heads = 1 if attend.choice == "none" else heads
     parts: list[dict[str, Integers]] = []
     choosers: list[Choosers] = []
-    stored = keys_before = queries_before = 0
+    weights = []
+    stored = queries_before = 0
     causal = 0.0
     for first, end in documents:
         key_first, query_first = np.arange(first, end, size), np.arange(first, end, wide)
@@ -187,12 +188,12 @@ def _build(
         choosing = block[~everything]
         if len(choosing):
             choosers.append(Choosers(first, end, choosing, lowest[choosing], nearest, most - nearest))
-        # Lists that hold everything are a stretch of the list of all key blocks, which follows the stored ones; that
-        # stands at -1 - place until the number of stored entries is known.
-        start = np.broadcast_to(-1 - (keys_before + lowest), (heads, len(block))).copy()
-        length = most + QUERY_BLOCKS
-        start[:, choosing] = stored + length * np.arange(heads * len(choosing)).reshape(heads, -1)
-        stored += heads * len(choosing) * length
+        # What sees everything has a run alone.
+        chosen = np.where(everything, 0, most - nearest)
+        start = np.zeros((heads, len(block)), dtype=np.int64)
+        start[:, choosing] = stored + (most - nearest) * np.arange(heads * len(choosing)).reshape(heads, -1)
+        stored += heads * len(choosing) * (most - nearest)
+        certain = (lowest == 0).astype(np.int64)
         parts.append(
             {
                 "query_first": query_first,
@@ -202,16 +203,26 @@ def _build(
                 "query_of_key": queries_before + np.arange(len(key_first)) // QUERY_BLOCKS,
                 "count": np.where(everything, before, most) + own,
                 "tail": own,
+                "chosen": chosen,
                 "start": start,
+                "certain": certain,
             }
         )
-        keys_before, queries_before = keys_before + len(key_first), queries_before + len(block)
+        weights.append(np.where(everything, 1, (before - nearest - certain) / np.maximum(most - nearest - certain, 1)))
+        queries_before += len(block)
     joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
-    joined["start"] = np.where(joined["start"] < 0, stored - 1 - joined["start"], joined["start"])
     if not choosers:
-        # Every list is a stretch of the same one.
+        # Every list is a run.
         joined["start"] = joined["start"][:1]
-    grid = BlockGrid(documents=tuple(documents), rows=rows, key_block=size, lowest=lowest_row, device=device, **joined)
+    grid = BlockGrid(
+        documents=tuple(documents),
+        rows=rows,
+        key_block=size,
+        lowest=lowest_row,
+        weight=np.concatenate(weights) if attend.choice == "sampled" else None,
+        device=device,
+        **joined,
+    )
     return AttendGrid(grid, tuple(choosers), attend, causal)
 
 
@@ -257,9 +268,11 @@ def choose_blocks(
         return attend.nearest_lists
     K, device = k_KMd.shape[0], q_HNd.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if choice == "random":
+        if choice in ("random", "sampled"):
             assert draw is not None, "a random choice needs a seed"
             generator = torch.Generator(device).manual_seed(draw())
+            if choice == "sampled":
+                return _lists(attend, functools.partial(_sampled, K, generator))
 
             def drawn(choosers: Choosers, part: slice, blocks: int) -> Tensor:
                 return torch.rand(K, len(choosers.block[part]), blocks, generator=generator, device=device)
@@ -301,20 +314,31 @@ def _pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, choosers: Choosers, part: slice, 
 
 
 def _lists(attend: AttendGrid, choose: Callable[[Choosers], Tensor]) -> BlockLists:
-    """Lists of chosen blocks and the window.
+    """Lists of chosen blocks.
 
     Args:
         attend: where blocks lie.
-        choose: one document's choosers -> their chosen key blocks, ascending, int64 [K or 1, n, chosen].
+        choose: one document's choosers -> their chosen key blocks, int64 [K or 1, n, chosen], certain ones first.
     """
     size, grid = attend.attend.block, attend.grid
-    stored = []
-    for choosers in attend.choosers:
-        found, block = choose(choosers), on_device(choosers.block, torch.int64, grid.device)
-        window = torch.arange(-choosers.nearest, QUERY_BLOCKS, device=grid.device)
-        near = (block[:, None] * QUERY_BLOCKS + window).expand(len(found), len(block), -1)
-        stored.append((choosers.first + size * torch.cat([found, near], 2)).int().flatten())
-    return BlockLists(grid, torch.cat([*stored, grid.here.key_first]))
+    rows = [(choosers.first + size * choose(choosers)).int().flatten() for choosers in attend.choosers]
+    return BlockLists(grid, torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32, device=grid.device))
+
+
+def _sampled(K: int, generator: torch.Generator, choosers: Choosers) -> Tensor:
+    """The first block where it may be seen, then distant ones at equal distances from a random one on.
+
+    Every distant block is as likely as every other, and none comes twice.
+    """
+    device = generator.device
+    block, lowest = (on_device(x, torch.int64, device) for x in (choosers.block, choosers.lowest))
+    certain = (lowest == 0).long()
+    distant = block * QUERY_BLOCKS - choosers.nearest - lowest - certain
+    count = choosers.chosen - certain
+    shift = torch.rand(K, len(block), 1, generator=generator, device=device, dtype=torch.float64)
+    slot = torch.arange(choosers.chosen, device=device) - certain[:, None]
+    drawn = ((slot + shift) * (distant / count)[:, None]).long().minimum(distant[:, None] - 1)
+    return torch.where(slot < 0, 0, lowest[:, None] + certain[:, None] + drawn)
 
 
 def _highest(

@@ -133,5 +133,5 @@ def _chunks(lists: BlockLists, host_rows: Tensor | None, heads: int) -> Iterator
 
 def _attend_chunk(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, chunk: _Chunk, scale: float) -> Tensor:
     """The chunk's output, [n, H, d]."""
-    seen = chunk.lists.seen(chunk.rows.to(q_HNd.device), chunk.keys.start, chunk.keys.stop)
-    return reference.block_sparse_attention(q_HNd, k_KMd, v_KMd, seen, scale)
+    bias = chunk.lists.bias(chunk.rows.to(q_HNd.device), chunk.keys.start, chunk.keys.stop)
+    return reference.block_sparse_attention(q_HNd, k_KMd, v_KMd, bias, scale)
