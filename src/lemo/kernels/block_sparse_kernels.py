@@ -116,8 +116,9 @@ def _attend_chosen(
     for place in range(start * PARTS, stop * PARTS):
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
         m, l, acc = _attend_keys(
-            q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, tl.where(place // PARTS < drawn, 0.0, boost),
-            m, l, acc, skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, WEIGHTED,
+            q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2,
+            tl.where(place // PARTS < drawn, 0.0, boost), m, l, acc, skm, skd, svm, svd,
+            D, BD, BN, PRECISION, CUT, CUT, WEIGHTED,
         )  # fmt: skip
     return m, l, acc
 
@@ -171,8 +172,8 @@ def forward(
         skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
     )  # fmt: skip
     m, l, acc = _attend_run(
-        q, Kh, Vh, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first), limit, scale_log2, m, l, acc,
-        skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
+        q, Kh, Vh, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first), limit,
+        scale_log2, m, l, acc, skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
     )  # fmt: skip
     # Lanes past the end may have seen nothing.
     l = tl.where(live, l, 1.0)
@@ -266,8 +267,8 @@ def backward_queries(
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     dq = tl.zeros([BM, BD], tl.float32)
     dq = _query_chosen(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, end, drawn, boost, limit, scale_log2, dq,
-        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, end, drawn, boost, limit,
+        scale_log2, dq, skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
     )  # fmt: skip
     dq = _query_run(
         q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run, own, limit, scale_log2, dq,
