@@ -3,7 +3,7 @@
 A query block's list is its chosen key blocks, then a run of those that follow each other up to its own end. A
 `BlockGrid` is the geometry, the same in every layer: where blocks and runs lie and how many are chosen; it is known on
 the host, so that nothing waits for the device. `BlockLists` adds the chosen ones, which may differ by layer and by key
-head. Of these the last may be drawn ones, each of which stands for several: its keys' scores get a weight's logarithm.
+head. Drawn ones stand for others too: their keys' scores get the logarithm of a weight.
 
 The kernels work in tiles of queries of one block; `cut_tiles` cuts any ascending ones, all or some. For the gradients
 of keys and values `turn_round` lists for each key block the query blocks that see it, and `spread` the tiles of some
@@ -28,7 +28,7 @@ Integers = NDArray[np.int64]
 # Entries of lists that are turned round at a time: some 50 bytes each until they are done.
 _AT_ONCE = 2**24
 _ALL = 2**31 - 1
-LN_2 = 0.6931471805599453
+LOG2_E = 1.4426950408889634
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 
@@ -49,8 +49,6 @@ class BlockGrid:
         tail: how many of it, the last, lie in the query block itself, [nq].
         chosen: how many of it, the first, aren't part of the run, [nq].
         start: where chosen ones start in `BlockLists.entries`, [K or 1, nq].
-        certain: how many of the chosen ones, the first, stand for themselves alone, [nq].
-        weight: how many key blocks each of the others stands for, fp64 [nq]; None where there are none.
         device: of the tensors.
     """
 
@@ -67,8 +65,6 @@ class BlockGrid:
     tail: Integers
     chosen: Integers
     start: Integers
-    certain: Integers
-    weight: NDArray[np.float64] | None
     device: torch.device
 
     @functools.cached_property
@@ -80,8 +76,6 @@ class BlockGrid:
             chosen=on_device(self.chosen, torch.int32, self.device),
             start=on_device(self.start, torch.int64, self.device),
             run=on_device(run, torch.int32, self.device),
-            certain=on_device(self.certain, torch.int32, self.device),
-            boost=None if self.weight is None else on_device(np.log2(self.weight), torch.float32, self.device),
             key_first=on_device(self.key_first, torch.int32, self.device),
             key_end=on_device(self.key_end, torch.int32, self.device),
             query_first=on_device(self.query_first, torch.int32, self.device),
@@ -130,14 +124,12 @@ class Latest(Generic[KeyT, ValueT]):
 
 @dataclass(frozen=True, eq=False)
 class GridTensors:
-    """A grid's numbers on the device; `run`: first rows of runs; `boost`: logarithms of weights to base 2."""
+    """A grid's numbers on the device; `run`: first rows of runs."""
 
     count: Tensor
     chosen: Tensor
     start: Tensor
     run: Tensor
-    certain: Tensor
-    boost: Tensor | None
     key_first: Tensor
     key_end: Tensor
     query_first: Tensor
@@ -151,10 +143,12 @@ class BlockLists:
     Attributes:
         grid: where blocks lie.
         entries: first rows of chosen key blocks, int32; list i of key head k has `chosen[i]` from `start[k, i]` on.
+        boost: logarithm to base 2 of each entry's weight, fp32; None where all are 1.
     """
 
     grid: BlockGrid
     entries: Tensor
+    boost: Tensor | None = None
 
     def listed(self, query: Tensor, slot: Tensor, heads: slice = slice(None)) -> Tensor:
         """First rows of the key blocks in these slots of query blocks' lists, int32 [key heads, ...].
@@ -163,13 +157,22 @@ class BlockLists:
             query, slot: integers, of shapes that broadcast.
             heads: which key heads.
         """
-        here = self.grid.here
-        chosen = here.chosen[query]
-        run = here.run[query] + (slot - chosen).int() * self.grid.key_block
-        if not len(self.entries):
-            return run[None]
-        where = (here.start[heads, query] + slot).clamp(max=len(self.entries) - 1)
-        return torch.where(slot < chosen, self.entries[where], run)
+        past_chosen = (slot - self.grid.here.chosen[query]).int()
+        return self._of_chosen(
+            self.entries, query, slot, heads, self.grid.here.run[query] + past_chosen * self.grid.key_block
+        )
+
+    def boosts(self, query: Tensor, slot: Tensor, heads: slice = slice(None)) -> Tensor | None:
+        """`boost` of these slots, 0 in runs; None where there is none."""
+        if self.boost is None:
+            return None
+        return self._of_chosen(self.boost, query, slot, heads, self.boost.new_zeros(()))
+
+    def _of_chosen(self, values: Tensor, query: Tensor, slot: Tensor, heads: slice, other: Tensor) -> Tensor:
+        start = self.grid.here.start[heads, query] + slot
+        if not len(values):
+            return other.expand_as(start)
+        return torch.where(slot < self.grid.here.chosen[query], values[start.clamp(max=len(values) - 1)], other)
 
     @functools.cached_property
     def turned(self) -> KeyLists:
@@ -204,12 +207,10 @@ class BlockLists:
         slot = torch.arange(length, device=device)
         listed = (slot < here.count[query]) & (block >= 0)[:, None]
         entry = torch.searchsorted(here.key_first, self.listed(query, slot).contiguous())
-        weight = torch.zeros(slot.shape, device=device).expand_as(listed)
-        if here.boost is not None:
-            drawn = (slot >= here.certain[query]) & (slot < here.chosen[query])
-            weight = torch.where(drawn, here.boost[query] * LN_2, weight)
+        boost = self.boosts(query, slot)
+        added = torch.zeros(entry.shape, device=device) if boost is None else boost / LOG2_E
         hits = torch.full((*entry.shape[:2], nk + 1), float("-inf"), device=device)
-        hits.scatter_(2, torch.where(listed, entry, nk), weight.expand_as(entry))
+        hits.scatter_(2, torch.where(listed, entry, nk), added)
         hits[..., nk] = float("-inf")
         keys = torch.arange(first, end, device=device)
         key_block = _block_of(keys, grid.key_first, grid.key_end)
@@ -277,17 +278,18 @@ class KeyLists:
     """For each key block the query blocks, or the tiles of queries, that see it.
 
     Attributes:
-        seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending. One that
-            drew the key block stands as its complement, ~i.
+        seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
         start: int64 [K or 1, nk + 1].
         own: how many of them, the first, lie in the key block's query block, int32 [nk].
         order: key blocks, those with most first, int32 [K or 1, nk].
+        boost: logarithm to base 2 of the weight that the key block has for each seer, fp32; None where all are 1.
     """
 
     seers: Tensor
     start: Tensor
     own: Tensor
     order: Tensor
+    boost: Tensor | None
 
 
 def turn_round(lists: BlockLists) -> KeyLists:
@@ -306,17 +308,19 @@ def turn_round(lists: BlockLists) -> KeyLists:
     ends = torch.cat([grid.here.key_first, grid.here.key_first.new_full((1,), _ALL)])
     seers, start = query.new_empty(heads, pairs), slot.new_empty(heads, nk + 1)
     step = max(1, _AT_ONCE // max(1, pairs))
-    signed = query
-    if grid.weight is not None:
-        drawn = (slot >= grid.here.certain[query]) & (slot < grid.here.chosen[query])
-        signed = torch.where(drawn, ~query, query)
+    boost = None if lists.boost is None else lists.boost.new_empty(heads, pairs)
     for k in range(0, heads, step):
         # Stable: a key block's query blocks ascend, so the sums have one order.
         key_row, order = lists.listed(query, slot, slice(k, k + step)).sort(dim=1, stable=True)
-        seers[k : k + step] = signed[order]
+        seers[k : k + step] = query[order]
+        if boost is not None:
+            weights = lists.boosts(query, slot, slice(k, k + step))
+            assert weights is not None, "boost isn't"
+            boost[k : k + step] = weights.gather(1, order)
         start[k : k + step] = torch.searchsorted(key_row, ends.expand(len(key_row), -1).contiguous())
     start += pairs * torch.arange(heads, device=device)[:, None]
-    return KeyLists(seers.flatten(), start, torch.ones(nk, dtype=torch.int32, device=device), _longest_first(start))
+    own = torch.ones(nk, dtype=torch.int32, device=device)
+    return KeyLists(seers.flatten(), start, own, _longest_first(start), None if boost is None else boost.flatten())
 
 
 def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
@@ -328,20 +332,20 @@ def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
     first = (per_block.cumsum(0) - per_block).int()
     assert total <= _ALL, "tiles of one head are counted in int32"
     seers, start = first.new_empty(heads, total), turned.start.clone()
-    numbered = torch.arange(total, dtype=torch.int32, device=device)
-    for k, signed in enumerate(turned.seers.view(heads, pairs)):
-        query = torch.where(signed < 0, ~signed, signed)
+    boost = None if turned.boost is None else turned.boost.new_empty(heads, total)
+    for k, query in enumerate(turned.seers.view(heads, pairs)):
         count = per_block[query]
         # Tiles before each pair's, all pairs' at the end.
         before = torch.nn.functional.pad(count.cumsum(0), (1, 0))
         offset = first[query] - before[:-1].int()
-        tile = offset.repeat_interleave(count, output_size=total) + numbered
-        if grid.weight is not None:
-            tile = torch.where((signed < 0).repeat_interleave(count, output_size=total), ~tile, tile)
-        seers[k] = tile
+        seers[k] = offset.repeat_interleave(count, output_size=total)
+        if boost is not None:
+            assert turned.boost is not None, "boost isn't"
+            boost[k] = turned.boost.view(heads, pairs)[k].repeat_interleave(count, output_size=total)
         start[k] = before[turned.start[k] - k * pairs] + k * total
+    seers += torch.arange(total, dtype=torch.int32, device=device)
     own = per_block[on_device(grid.query_of_key, torch.int64, device)]
-    return KeyLists(seers.flatten(), start, own, _longest_first(start))
+    return KeyLists(seers.flatten(), start, own, _longest_first(start), None if boost is None else boost.flatten())
 
 
 def _longest_first(start: Tensor) -> Tensor:

@@ -158,16 +158,12 @@ def key_gradients(
         full = full and grid.longest % rows == 0
     else:
         seen_by, first, end, chunks, full = lists.spread(tiles), tiles.first, tiles.end, 1, False
-    boost = grid.here.boost
-    if boost is not None and queries.host_rows is not None:
-        boost = boost[tiles.block]
     new = torch.zeros if grid.padded else torch.empty
     dk, dv = (new(x.shape, device=x.device, dtype=x.dtype) for x in (k_KMd, v_KMd))
     with torch.cuda.device_of(q_HNd):
         backward_keys[(K * len(grid.key_first) * constants["PARTS"],)](
             q_HNd, k_KMd, v_KMd, grad_NHd, lse_HN, delta_HN, dk, dv, *_rows_of(tiles), first, end,
-            first if boost is None else boost,
-            seen_by.seers, seen_by.start, _head_stride(seen_by.start), seen_by.own,
+            seen_by.seers, _or(seen_by.boost, seen_by.seers), seen_by.start, _head_stride(seen_by.start), seen_by.own,
             seen_by.order, _head_stride(seen_by.order), grid.here.key_first, grid.here.key_end,
             scale * LOG2_E, scale, N, K,
             *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dk.stride(),
@@ -194,7 +190,7 @@ def _constants_and_tiles(q_HNd: Tensor, K: int, queries: Queries, launch: Launch
         "BN": keys,
         "PARTS": grid.key_block // keys,
         "CUT": grid.lowest is not None,
-        "WEIGHTED": grid.weight is not None,
+        "WEIGHTED": queries.lists.boost is not None,
         # Tensor cores round fp32 to 10 bits of mantissa; fp32 is for those who want it exact.
         "PRECISION": "ieee" if q_HNd.dtype == torch.float32 else "tf32",
         "num_warps": launch.warps,
@@ -213,9 +209,14 @@ def _of_tiles(tiles: RowTiles) -> tuple[Tensor, ...]:
 
 def _of_lists(lists: BlockLists) -> tuple[Tensor | int, ...]:
     here = lists.grid.here
-    start, boost = here.start, here.run if here.boost is None else here.boost
-    where = lists.entries, start, _head_stride(start), here.chosen, here.run, here.query_first, here.query_end
-    return *where, here.certain, boost
+    start, entries = here.start, lists.entries
+    where = start, _head_stride(start), here.chosen, here.run, here.query_first, here.query_end
+    return entries, _or(lists.boost, entries), *where
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel needs some tensor even where it reads none."""
+    return other if given is None else given
 
 
 def _head_stride(table: Tensor) -> int:

@@ -76,16 +76,7 @@ def _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, k
     block = tl.load(BLOCK + tile)
     begin = tl.load(START + kv * start_h + block)
     end = begin + tl.load(CHOSEN + block)
-    return begin, end, tl.load(RUN + block), tl.load(QUERY_FIRST + block), tl.load(QUERY_END + block), block
-
-
-@triton.jit
-def _drawn_after(CERTAIN, BOOST, block, begin, WEIGHTED: tl.constexpr):
-    """The entry from which on keys have a weight, and its logarithm."""
-    drawn, boost = begin, 0.0
-    if WEIGHTED:
-        drawn, boost = begin + tl.load(CERTAIN + block), tl.load(BOOST + block)
-    return drawn, boost
+    return begin, end, tl.load(RUN + block), tl.load(QUERY_FIRST + block), tl.load(QUERY_END + block)
 
 
 @triton.jit
@@ -108,17 +99,19 @@ def _attend_keys(
 
 @triton.jit
 def _attend_chosen(
-    q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, drawn, boost, limit, scale_log2, m, l, acc,
+    q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, start, stop, limit, scale_log2, m, l, acc,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     for place in range(start * PARTS, stop * PARTS):
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
+        boost = 0.0
+        if WEIGHTED:
+            boost = tl.load(BOOST + place // PARTS)
         m, l, acc = _attend_keys(
-            q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2,
-            tl.where(place // PARTS < drawn, 0.0, boost), m, l, acc, skm, skd, svm, svd,
-            D, BD, BN, PRECISION, CUT, CUT, WEIGHTED,
+            q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, boost, m, l, acc,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, WEIGHTED,
         )  # fmt: skip
     return m, l, acc
 
@@ -142,7 +135,7 @@ def _attend_run(
 @triton.jit
 def forward(
     Q, K, V, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END,
-    ENTRIES, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, CERTAIN, BOOST,
+    ENTRIES, BOOST, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END,
     scale_log2, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -154,17 +147,14 @@ def forward(
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
     row, head, live = _lanes(END, tile, first, HEADS, BM)
-    begin, end, run, own, limit, block = _list_of(
-        BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv
-    )  # fmt: skip
-    drawn, boost = _drawn_after(CERTAIN, BOOST, block, begin, WEIGHTED)
+    begin, end, run, own, limit = _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     m, l, acc = _attend_chosen(
-        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, end, drawn, boost, limit, scale_log2, m, l, acc,
+        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, begin, end, limit, scale_log2, m, l, acc,
         skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
     )  # fmt: skip
     m, l, acc = _attend_run(
@@ -206,7 +196,7 @@ def _query_keys(
 
 @triton.jit
 def _query_chosen(
-    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, start, stop, drawn, boost, limit, scale_log2, dq,
+    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, start, stop, limit, scale_log2, dq,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     CUT: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -215,7 +205,7 @@ def _query_chosen(
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
         lse_here = lse
         if WEIGHTED:
-            lse_here = lse - tl.where(place // PARTS < drawn, 0.0, boost)
+            lse_here = lse - tl.load(BOOST + place // PARTS)
         dq = _query_keys(
             q, do, lse_here, delta, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
             skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
@@ -241,7 +231,7 @@ def _query_run(
 @triton.jit
 def backward_queries(
     Q, K, V, O, DO, LSE, DELTA, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
-    ENTRIES, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, CERTAIN, BOOST,
+    ENTRIES, BOOST, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END,
     scale_log2, scale, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -252,10 +242,7 @@ def backward_queries(
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
     row, head, live = _lanes(END, tile, first, HEADS, BM)
-    begin, end, run, own, limit, block = _list_of(
-        BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv
-    )  # fmt: skip
-    drawn, boost = _drawn_after(CERTAIN, BOOST, block, begin, WEIGHTED)
+    begin, end, run, own, limit = _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     given, place_given = h * soh + first * son, _offsets(row, head, son, soh, HEADS)
     do = _load(DO + given, place_given, live, 1, D, BD, True)
@@ -267,7 +254,7 @@ def backward_queries(
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     dq = tl.zeros([BM, BD], tl.float32)
     dq = _query_chosen(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, begin, end, drawn, boost, limit,
+        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, begin, end, limit,
         scale_log2, dq, skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
     )  # fmt: skip
     dq = _query_run(
@@ -284,7 +271,7 @@ def backward_queries(
 
 @triton.jit
 def _key_gradient(
-    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, BOOST, SEERS, start, stop, leap_at, leap, kv, N,
+    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, BOOST, start, stop, leap_at, leap, kv, N,
     scale_log2, dk, dv,
     sqh, sqn, sqd, soh, son,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -298,11 +285,6 @@ def _key_gradient(
         if MASKED:
             place += tl.where(counted < leap_at, 0, leap)
         tile = tl.load(SEERS + place // (CHUNKS * SPLIT))
-        boost = 0.0
-        if WEIGHTED:
-            # Those that drew these keys stand as their complement.
-            boost = tl.where(tile < 0, tl.load(BOOST + tl.where(tile < 0, ~tile, tile)), 0.0)
-            tile = tl.where(tile < 0, ~tile, tile)
         h = kv * GROUP + place % SPLIT * HEADS
         first = tl.load(FIRST + tile).to(tl.int64) + place // SPLIT % CHUNKS * (BM // HEADS)
         row, head, live = _lanes(END, tile, first, HEADS, BM)
@@ -316,7 +298,7 @@ def _key_gradient(
             lse = tl.load(LSE + h * N + first + place_lse)
             delta = tl.load(DELTA + h * N + first + place_lse)
         if WEIGHTED:
-            lse -= boost
+            lse -= tl.load(BOOST + place // (CHUNKS * SPLIT))
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
         if MASKED:
             p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
@@ -326,8 +308,8 @@ def _key_gradient(
 
 @triton.jit
 def backward_keys(
-    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, FIRST, END, BOOST,
-    SEERS, START, start_h, OWN, ORDER, order_h, KEY_FIRST, KEY_END,
+    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, FIRST, END,
+    SEERS, BOOST, START, start_h, OWN, ORDER, order_h, KEY_FIRST, KEY_END,
     scale_log2, scale, N, heads,
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -350,8 +332,6 @@ def backward_keys(
         own = unseen
     elif FULL:
         last = tl.load(SEERS + unseen - 1)
-        if WEIGHTED:
-            last = tl.where(last < 0, ~last, last)
         short = tl.load(END + last) - tl.load(FIRST + last) < CHUNKS * (BM // HEADS)
         ragged = tl.maximum(tl.where(short, unseen - 1, unseen), own)
     k = load_tile(K + kv * skh, keys, limit, skm, skd, D, BD)
@@ -359,12 +339,12 @@ def backward_keys(
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, BOOST, SEERS,
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, BOOST,
         seen * TILES, (own + unseen - ragged) * TILES, own * TILES, (ragged - own) * TILES, kv, N, scale_log2, dk, dv,
         sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED,
     )  # fmt: skip
     dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, BOOST, SEERS,
+        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, BOOST,
         own * TILES, ragged * TILES, 0, 0, kv, N, scale_log2, dk, dv,
         sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, not FULL, False, CUT, WEIGHTED,
     )  # fmt: skip

@@ -28,9 +28,14 @@ from torch import Tensor
 
 from lemo.config import QUERY_BLOCKS, Attend
 from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
+from lemo.selection.sampling import draw_systematically, inclusion_probabilities
 from lemo.types import SequenceLayout, TokenPlan
 
-_SCORES_AT_ONCE = 2**26
+_SCORES_AT_ONCE = 2**24
+# Of a `sampled` choice, the share that is drawn evenly: an estimate of a block's mass may be far too low.
+_EVENLY = 0.25
+# Key blocks, int64 [K or 1, n, chosen], and logarithms of their weights to base 2, or None.
+Chosen = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +100,11 @@ class AttendGrid:
     def nearest_lists(self) -> BlockLists:
         """The document's first block, or where it can't be seen the next one, before a window; for all heads."""
 
-        def nearest(choosers: Choosers) -> Tensor:
+        def nearest(choosers: Choosers) -> Chosen:
             assert choosers.chosen == 1, "the others are the window"
             next_one = choosers.block * QUERY_BLOCKS - choosers.nearest - 1
             seen = np.where(choosers.lowest > 0, next_one, 0)
-            return on_device(seen, torch.int64, self.grid.device)[None, :, None]
+            return on_device(seen, torch.int64, self.grid.device)[None, :, None], None
 
         return _lists(self, nearest)
 
@@ -166,7 +171,6 @@ def _build(
     heads = 1 if attend.choice == "none" else heads
     parts: list[dict[str, Integers]] = []
     choosers: list[Choosers] = []
-    weights = []
     stored = queries_before = 0
     causal = 0.0
     for first, end in documents:
@@ -193,7 +197,6 @@ def _build(
         start = np.zeros((heads, len(block)), dtype=np.int64)
         start[:, choosing] = stored + (most - nearest) * np.arange(heads * len(choosing)).reshape(heads, -1)
         stored += heads * len(choosing) * (most - nearest)
-        certain = (lowest == 0).astype(np.int64)
         parts.append(
             {
                 "query_first": query_first,
@@ -205,24 +208,14 @@ def _build(
                 "tail": own,
                 "chosen": chosen,
                 "start": start,
-                "certain": certain,
             }
         )
-        weights.append(np.where(everything, 1, (before - nearest - certain) / np.maximum(most - nearest - certain, 1)))
         queries_before += len(block)
     joined = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     if not choosers:
         # Every list is a run.
         joined["start"] = joined["start"][:1]
-    grid = BlockGrid(
-        documents=tuple(documents),
-        rows=rows,
-        key_block=size,
-        lowest=lowest_row,
-        weight=np.concatenate(weights) if attend.choice == "sampled" else None,
-        device=device,
-        **joined,
-    )
+    grid = BlockGrid(documents=tuple(documents), rows=rows, key_block=size, lowest=lowest_row, device=device, **joined)
     return AttendGrid(grid, tuple(choosers), attend, causal)
 
 
@@ -267,28 +260,27 @@ def choose_blocks(
     if choice == "none" or not attend.choosers:
         return attend.nearest_lists
     K, device = k_KMd.shape[0], q_HNd.device
+    generator = None
+    if choice != "pooled":
+        assert draw is not None, "a random choice needs a seed"
+        generator = torch.Generator(device).manual_seed(draw())
+    pools: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def any_one(choosers: Choosers, part: slice, blocks: int) -> Tensor:
+        return torch.rand(K, len(choosers.block[part]), blocks, generator=generator, device=device)
+
+    def mass(choosers: Choosers, part: slice, blocks: int) -> Tensor:
+        rows = slice(choosers.first, choosers.end)
+        if choosers.first not in pools:
+            size = attend.attend.block
+            pools.clear()
+            pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
+        return _pooled_mass(*pools[choosers.first], choosers, part, scale)
+
+    pick = _highest if generator is None or choice == "random" else functools.partial(_drawn, generator)
+    score, heads = (any_one, K) if choice == "random" else (mass, q_HNd.shape[0])
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if choice in ("random", "sampled"):
-            assert draw is not None, "a random choice needs a seed"
-            generator = torch.Generator(device).manual_seed(draw())
-            if choice == "sampled":
-                return _lists(attend, functools.partial(_sampled, K, generator))
-
-            def drawn(choosers: Choosers, part: slice, blocks: int) -> Tensor:
-                return torch.rand(K, len(choosers.block[part]), blocks, generator=generator, device=device)
-
-            return _lists(attend, functools.partial(_highest, attend, K, drawn))
-        pools: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def pooled(choosers: Choosers, part: slice, blocks: int) -> Tensor:
-            rows = slice(choosers.first, choosers.end)
-            if choosers.first not in pools:
-                size = attend.attend.block
-                pools.clear()
-                pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
-            return _pooled_mass(*pools[choosers.first], choosers, part, scale)
-
-        return _lists(attend, functools.partial(_highest, attend, q_HNd.shape[0], pooled))
+        return _lists(attend, functools.partial(_in_parts, attend, heads, score, pick))
 
 
 def pool(x_HTd: Tensor, size: int) -> Tensor:
@@ -313,55 +305,63 @@ def _pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, choosers: Choosers, part: slice, 
     return logits.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)
 
 
-def _lists(attend: AttendGrid, choose: Callable[[Choosers], Tensor]) -> BlockLists:
-    """Lists of chosen blocks.
-
-    Args:
-        attend: where blocks lie.
-        choose: one document's choosers -> their chosen key blocks, int64 [K or 1, n, chosen], certain ones first.
-    """
+def _lists(attend: AttendGrid, choose: Callable[[Choosers], Chosen]) -> BlockLists:
+    """Lists of the blocks that `choose` finds for a document's choosers."""
     size, grid = attend.attend.block, attend.grid
-    rows = [(choosers.first + size * choose(choosers)).int().flatten() for choosers in attend.choosers]
-    return BlockLists(grid, torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32, device=grid.device))
+    if not attend.choosers:
+        return BlockLists(grid, torch.empty(0, dtype=torch.int32, device=grid.device))
+    found = [(choosers.first, *choose(choosers)) for choosers in attend.choosers]
+    entries = torch.cat([(first + size * block).int().flatten() for first, block, _ in found])
+    boosts = [boost.flatten() for _, _, boost in found if boost is not None]
+    return BlockLists(grid, entries, torch.cat(boosts) if boosts else None)
 
 
-def _sampled(K: int, generator: torch.Generator, choosers: Choosers) -> Tensor:
-    """The first block where it may be seen, then distant ones at equal distances from a random one on.
-
-    Every distant block is as likely as every other, and none comes twice.
-    """
-    device = generator.device
-    block, lowest = (on_device(x, torch.int64, device) for x in (choosers.block, choosers.lowest))
-    certain = (lowest == 0).long()
-    distant = block * QUERY_BLOCKS - choosers.nearest - lowest - certain
-    count = choosers.chosen - certain
-    shift = torch.rand(K, len(block), 1, generator=generator, device=device, dtype=torch.float64)
-    slot = torch.arange(choosers.chosen, device=device) - certain[:, None]
-    drawn = ((slot + shift) * (distant / count)[:, None]).long().minimum(distant[:, None] - 1)
-    return torch.where(slot < 0, 0, lowest[:, None] + certain[:, None] + drawn)
-
-
-def _highest(
-    attend: AttendGrid, at_once: int, score: Callable[[Choosers, slice, int], Tensor], choosers: Choosers
-) -> Tensor:
-    """The blocks with the highest scores, as `_lists` wants them.
+def _in_parts(
+    attend: AttendGrid,
+    at_once: int,
+    score: Callable[[Choosers, slice, int], Tensor],
+    pick: Callable[[Tensor, Tensor, int], Chosen],
+    choosers: Choosers,
+) -> Chosen:
+    """Blocks picked by their scores, for some choosers at a time.
 
     Args:
         attend: where blocks lie.
         at_once: heads that have scores at the same time.
         score: (choosers, part of them, nk) -> scores, [K or 1, n, nk].
+        pick: (scores, which are distant [n, nk], how many) -> the choice.
         choosers: who chooses.
     """
     nk, n = -(-(choosers.end - choosers.first) // attend.attend.block), len(choosers.block)
     step = max(1, _SCORES_AT_ONCE // (nk * at_once))
-    parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
-    return torch.cat([_highest_of(score(choosers, part, nk), choosers, part) for part in parts], 1)
+    keys, found = torch.arange(nk, device=attend.grid.device), []
+    for i in range(0, n, step):
+        part = slice(i, i + step)
+        block, lowest = (on_device(x[part], torch.int64, keys.device) for x in (choosers.block, choosers.lowest))
+        distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)
+        found.append(pick(score(choosers, part, nk), distant, choosers.chosen))
+    blocks = torch.cat([block for block, _ in found], 1)
+    boosts = [boost for _, boost in found if boost is not None]
+    return blocks, torch.cat(boosts, 1) if boosts else None
 
 
-def _highest_of(score: Tensor, choosers: Choosers, part: slice) -> Tensor:
-    """The first where it may be seen, then the highest."""
-    block, lowest = (on_device(x[part], torch.int64, score.device) for x in (choosers.block, choosers.lowest))
-    keys = torch.arange(score.shape[-1], device=score.device)
-    distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)
-    score = score.masked_fill(~distant, float("-inf")).masked_fill(distant & (keys == 0), float("inf"))
-    return score.topk(choosers.chosen, sorted=False).indices.sort().values
+def _highest(score: Tensor, distant: Tensor, count: int) -> Chosen:
+    """The first block where it may be seen, then the highest."""
+    first = torch.arange(score.shape[-1], device=score.device) == 0
+    score = score.masked_fill(~distant, float("-inf")).masked_fill(distant & first, float("inf"))
+    return score.topk(count, sorted=False).indices.sort().values, None
+
+
+def _drawn(generator: torch.Generator, score: Tensor, distant: Tensor, count: int) -> Chosen:
+    """The first block where it may be seen, then blocks drawn by their scores, each for 1/probability of its like."""
+    first = distant[:, 0].long()
+    others = distant & (torch.arange(score.shape[-1], device=score.device) > 0)
+    share = score.float().masked_fill(~others, 0.0)
+    share = (1 - _EVENLY) * share / share.sum(-1, keepdim=True) + _EVENLY * others / others.sum(-1, keepdim=True)
+    probability = inclusion_probabilities(share, (count - first).expand(score.shape[:-1]))
+    shift = torch.rand(*score.shape[:-1], 1, generator=generator, device=score.device, dtype=torch.float64)
+    # A row that sees the first block draws one fewer: its places start one later.
+    drawn = draw_systematically(probability, count, shift - first[:, None])
+    boost = -probability.gather(-1, drawn).log2()
+    certain = (torch.arange(count, device=score.device) == 0) & (first == 1)[:, None]
+    return drawn.masked_fill(certain, 0), boost.masked_fill(certain, 0.0)
