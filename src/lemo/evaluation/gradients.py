@@ -30,8 +30,8 @@ class GradientAgreement(TypedDict):
 def gradient_agreement(model: nn.Module, batch: Mapping[str, Any]) -> GradientAgreement:
     """Compares the gradient under the model's sparsity with the one that `lemo.models.dense` gives.
 
-    Both passes start from the same random state. Nothing is left behind: gradients, random states (torch's and
-    lemo's own), statistics and train/eval modes are as before.
+    Both passes start from the same random state. Nothing is left behind: gradients, the random state, statistics and
+    train/eval modes are as before.
 
     Args:
         model: sparsified model with trainable parameters.
@@ -78,12 +78,12 @@ def _gradients(model: nn.Module, inputs: Mapping[str, Any], parameters: list[nn.
 
 @contextmanager
 def _undisturbed(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Puts `.grad`s and the runtime's draws and statistics back, whatever happens in between."""
+    """Puts `.grad`s and the runtime's statistics back, whatever happens in between."""
     runtime = get_runtime(model)
     assert runtime is not None
     gradients = [p.grad for p in parameters]
     before = dict(vars(runtime))
-    # Work on copies of everything that a pass changes in place (statistics, plans, the generator).
+    # Work on copies of everything that a pass changes in place (statistics, plans).
     runtime.state = None
     vars(runtime).update(copy.deepcopy({k: v for k, v in vars(runtime).items() if k != "config"}))
     try:

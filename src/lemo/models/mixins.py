@@ -279,11 +279,12 @@ def _checkpoints(layer: Any) -> bool:
 
 def _attend_call(layer: Any, state: BatchState) -> AttendCall | None:
     """Made outside of what is run again: the second run finds the first one's lists."""
-    runtime: Runtime = getattr(layer, RUNTIME)
     if state.attend is None:
         return None
-    asked = state.attend.of_layer(getattr(layer, INDEX))
-    return AttendCall(state, asked, getattr(layer, VIEW).window, runtime.draw_seed)
+    index: int = getattr(layer, INDEX)
+    return AttendCall(
+        state, state.attend.of_layer(index), getattr(layer, VIEW).window, lambda: state.draws(index).getrandbits(63)
+    )
 
 
 def _record_lists(layer: Any, call: AttendCall | None) -> None:

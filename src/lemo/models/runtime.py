@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import get_rank, is_available, is_initialized
 
 from lemo.config import Attend, SparsityConfig
 from lemo.kernels.block_lists import BlockLists
@@ -35,6 +36,7 @@ class BatchState:
         spans: what the `segments` policy drew, else None.
         labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
         dense: whether everything is kept (`lemo.models.dense`).
+        seed: of this pass's draws.
         rotary: transformers' (cos, sin) pair and its form with one line a row.
         by_bounds: whether the dense forward's attention takes bounds in a mask's place (`lemo.models.documents`).
         bounds: window -> int32 first and last key of each row.
@@ -48,12 +50,17 @@ class BatchState:
     spans: DrawnSpans | None = None
     labelled: Tensor | None = None
     dense: bool = False
+    seed: str = ""
     rotary: tuple[Any, Rotary] | None = None
     by_bounds: bool = False
     bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attend: Attend | None = None
     targets: Tensor | None = None
     grids: dict[Hashable, AttendGrid] = field(default_factory=dict)
+
+    def draws(self, layer: int) -> random.Random:
+        """One layer's draws: the same each time this pass's layer runs."""
+        return random.Random(f"{self.seed} {layer}")
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
         """Where blocks lie for layers with that density and sliding window; made once for all of them."""
@@ -106,7 +113,6 @@ class Runtime:
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
-        passes: training passes so far, which decide which ones run dense (`SparsityConfig.dense_share`).
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
 
@@ -127,15 +133,9 @@ class Runtime:
     # Rows [B·T] that enter that loss.
     targets: Tensor | None = None
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
-    passes: int = 0
-    generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _density: _Mean = field(default_factory=_Mean)
-
-    def seed(self, seed: int) -> None:
-        """Seeds the draws of the `segments` and `random` policies."""
-        self.generator.seed(seed)
 
     def begin(self, layout: SequenceLayout, training: bool) -> BatchState:
         """Starts a forward pass.
@@ -147,10 +147,12 @@ class Runtime:
         self.state = BatchState(layout, dense=self.dense_only)
         if training and self.config.train_bypass:
             self._check_bypasses()
-        if training and self.config.dense_share and not self.dense_only:
-            self.passes += 1
-            before, now = (int(n * self.config.dense_share + 1e-9) for n in (self.passes - 1, self.passes))
-            self.state.dense = now > before
+        if training and self._draws and not self.dense_only:
+            # Ranks that began with one seed run dense together, since none waits then, but draw each on its own: their
+            # documents differ.
+            drawn = _draw_from_torch()
+            self.state.seed = f"{drawn} {get_rank() if is_available() and is_initialized() else 0}"
+            self.state.dense = random.Random(drawn).random() < (self.config.dense_share or 0.0)
             if self.state.dense:
                 # Mode `backward` notes what it keeps in its backward, whatever the pass.
                 if self.config.mode != "backward":
@@ -167,9 +169,16 @@ class Runtime:
                     "model (TRL's SFTTrainer uses its own fused head). Use transformers.Trainer or `lemo finetune`, "
                     "which pass labels to the model, or choose policy='energy'"
                 )
-            self.state.spans = draw_spans(layout, self.config.segments, self.generator)
+            self.state.spans = draw_spans(layout, self.config.segments, random.Random(self.state.seed))
             self.last_spans = self.state.spans.ranges
         return self.state
+
+    @property
+    def _draws(self) -> bool:
+        """Whether anything is left to chance."""
+        attend = self.config.attend
+        by_chance = self.config.policy != "energy" or (attend is not None and attend.choice == "random")
+        return by_chance or bool(self.config.dense_share)
 
     def _begin_attend(self, state: BatchState) -> None:
         attend = state.attend = self.config.attend
@@ -205,25 +214,20 @@ class Runtime:
             if state.labelled is None:
                 # The first layer to run backward is the last: only rows that enter the loss have a gradient there.
                 state.labelled = energy != 0
-            drawn = self.config.policy == "random"
+            draws = state.draws(layer) if self.config.policy == "random" else None
             plan = select_by_energy(
                 energy,
                 state.layout,
                 self.config.fidelity,
                 self.config.keep,
                 state.labelled if self.config.labelled == "always" else None,
-                priority=self._draw(energy) if drawn else None,
-                sink=self.config.keep_sink and not drawn,
+                priority=None if draws is None else _numbers(draws, energy),
+                sink=self.config.keep_sink and draws is None,
             )
             if self.placement is not None:
                 plan = plan_from_blocks(self.placement(state.layout, state.labelled, layer), state.layout)
         self.record(layer, plan, plan)
         return plan
-
-    def _draw(self, energy: Tensor) -> Tensor:
-        """A number for each block, [blocks]: keeping the largest keeps blocks drawn without replacement."""
-        drawn = [self.generator.random() for _ in range(energy.numel())]
-        return torch.tensor(drawn, dtype=torch.float64, device=energy.device)
 
     def record(self, layer: int, attention: TokenPlan, mlp: TokenPlan) -> None:
         """Notes a layer's plans for `collect`."""
@@ -239,10 +243,6 @@ class Runtime:
         if self.keep_lists:
             self.last_lists[layer] = lists
         self._density.add(grid.density)
-
-    def draw_seed(self) -> int:
-        """A seed for one layer call, from lemo's own stream."""
-        return self.generator.getrandbits(63)
 
     def collect(self) -> StepStats:
         """Averages since the last call, then starts anew."""
@@ -263,23 +263,16 @@ class Runtime:
         self._density = _Mean()
         return stats
 
-    def state_dict(self) -> dict[str, Any]:
-        """lemo's own random state, JSON-able."""
-        version, internal, gauss = self.generator.getstate()
-        return {"generator": [version, list(internal), gauss], "passes": self.passes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`.
+def _draw_from_torch() -> int:
+    """A number from torch's stream: `torch.manual_seed` and the random state of a checkpoint, be it transformers' or an
+    activation checkpoint's, bring the same draws again."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
-        Raises:
-            ValueError: the state isn't one that `state_dict` wrote.
-        """
-        try:
-            version, internal, gauss = state["generator"]
-            self.generator.setstate((version, tuple(internal), gauss))
-            self.passes = int(state.get("passes", 0))  # absent before `dense_share` was there
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a lemo runtime state: {error}; resume from another checkpoint") from error
+
+def _numbers(draws: random.Random, energy: Tensor) -> Tensor:
+    """One for each block, [blocks]: keeping the largest keeps blocks drawn without replacement."""
+    return torch.tensor([draws.random() for _ in range(energy.numel())], dtype=torch.float64, device=energy.device)
 
 
 @contextmanager
