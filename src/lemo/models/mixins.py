@@ -20,7 +20,7 @@ from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
 from lemo.models.fused import fused, low_copies
 from lemo.models.runtime import BatchState, Runtime, flag
 from lemo.models.view import ArchitectureView
-from lemo.selection.layout import build_layout
+from lemo.selection.layout import build_layout, refuse_padding
 from lemo.selection.predictor import Predictor
 from lemo.sparse import backward, forward
 from lemo.sparse.bypass import Bypass
@@ -73,6 +73,8 @@ class SparseCausalLM:
         with flag(runtime, "own_loss", True), flag(runtime, "targets", targets != -100):
             outputs = self.base_model(**arguments)
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
+        if runtime.state is not None:
+            refuse_padding(runtime.state.layout, targets != -100)
         targets = targets.to(hidden_ND.device)
         with part("loss"):
             loss = _loss(hidden_ND, self.get_output_embeddings(), targets, num_items, runtime)

@@ -17,8 +17,8 @@ from torch.distributed import get_rank, is_available, is_initialized
 from lemo.config import Attend, SparsityConfig
 from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import AttendGrid, build_grid, build_grid_of_kept
-from lemo.selection.energy import block_energy, select_by_energy
-from lemo.selection.layout import causal_bounds
+from lemo.selection.energy import block_energy, row_norms, select_by_energy
+from lemo.selection.layout import causal_bounds, refuse_padding
 from lemo.selection.predictor import Predictor
 from lemo.selection.ranking import plan_from_blocks, plan_of_everything
 from lemo.selection.spans import DrawnSpans, draw_spans
@@ -204,7 +204,14 @@ class Runtime:
             )
 
     def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:
-        """The plan of one layer in `backward` mode, from the gradient at its output."""
+        """The plan of one layer in `backward` mode, from the gradient at its output.
+
+        Raises:
+            ValueError: padding has a gradient, or labelled blocks exceed `keep`.
+        """
+        if layer == self.layers - 1 and state.layout.real_tokens < state.layout.rows:
+            # A loss computed elsewhere is known by its gradient alone.
+            refuse_padding(state.layout, row_norms(grad_BTD) > 0)
         if state.spans is not None and not state.dense:
             plan = state.spans.plan
         elif state.dense:
