@@ -128,22 +128,25 @@ class Runtime:
     state: BatchState | None = None
     sparse_in_eval: bool = False
     dense_only: bool = False
-    # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
-    own_loss: bool = False
-    # Rows [B·T] that enter that loss.
-    targets: Tensor | None = None
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _density: _Mean = field(default_factory=_Mean)
 
-    def begin(self, layout: SequenceLayout, training: bool) -> BatchState:
+    def begin(self, layout: SequenceLayout, training: bool, targets: Tensor | None) -> BatchState:
         """Starts a forward pass.
 
+        Args:
+            layout: the batch's.
+            training: whether the model is in training mode.
+            targets: bool [B·T], rows that enter the loss; None where that is computed elsewhere.
+
         Raises:
-            ValueError: the `segments` policy or `attend.labelled` is on, and the loss isn't computed by the sparsified
-                model; or bypasses that should train can't.
+            ValueError: padding enters the loss; or the `segments` policy or `attend.labelled` is on, and the loss isn't
+                computed by the sparsified model; or bypasses that should train can't.
         """
+        if targets is not None:
+            refuse_padding(layout, targets)
         self.state = BatchState(layout, dense=self.dense_only)
         if training and self.config.train_bypass:
             self._check_bypasses()
@@ -161,9 +164,9 @@ class Runtime:
                 if self.config.attend is not None:
                     self._density.add(1.0, self.layers)
         if training and not self.state.dense:
-            self._begin_attend(self.state)
+            self._begin_attend(self.state, targets)
         if training and self.config.policy == "segments" and not self.dense_only:
-            if not self.own_loss:
+            if targets is None:
                 raise ValueError(
                     "policy='segments' draws spans and weights their loss, but this loss is computed outside the "
                     "model (TRL's SFTTrainer uses its own fused head). Use transformers.Trainer or `lemo finetune`, "
@@ -180,16 +183,16 @@ class Runtime:
         by_chance = self.config.policy != "energy" or (attend is not None and attend.choice == "random")
         return by_chance or bool(self.config.dense_share)
 
-    def _begin_attend(self, state: BatchState) -> None:
+    def _begin_attend(self, state: BatchState, targets: Tensor | None) -> None:
         attend = state.attend = self.config.attend
         if attend is None or attend.labelled == "sparse":
             return
-        if self.targets is None:
+        if targets is None:
             raise ValueError(
                 "attend.labelled='dense' must see the labels, but this loss is computed outside the model; call it "
                 "with labels, or choose labelled='sparse'"
             )
-        state.targets = self.targets.cpu()
+        state.targets = targets.cpu()
 
     def _check_bypasses(self) -> None:
         parameters = [p for bypass in self.bypasses.values() for p in bypass.parameters()]

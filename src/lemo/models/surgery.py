@@ -22,7 +22,7 @@ from lemo.kernels.dispatch import check_listed_block
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.attend import refuse_dropout
 from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
-from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseCausalLM, SparseDecoder, SparseLayer
+from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseAttention, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.sparse.bypass import Bypass
@@ -186,6 +186,12 @@ def _sparsify_layer(layer: Any, index: int, row: Architecture, runtime: Runtime)
     setattr(layer, VIEW, ArchitectureView(layer, row))
     setattr(layer, INDEX, index)
     _swap(layer, SparseLayer)
+    if runtime.config.mode != "forward":
+        attention: Any = layer.get_submodule(row.attention)
+        # A wrapper that checkpoints runs what it holds again.
+        attention = getattr(attention, "_checkpoint_wrapped_module", attention)
+        setattr(attention, RUNTIME, runtime)
+        _swap(attention, SparseAttention)
 
 
 def _device_of(layer: nn.Module) -> torch.device:
