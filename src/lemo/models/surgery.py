@@ -235,13 +235,24 @@ def _subclass(cls: Any, mixin: Any) -> Any:
         # TRL and accelerate keep this function bound to a model that has been restored since.
         return (mixin if isinstance(self, mixin) else cls).forward(self, *args, **kwargs)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        # A class made at run time can't be looked up by its name.
+        return _anew, (cls, mixin), *cls.__reduce_ex__(self, protocol)[2:]
+
     names = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "forward": forward,
+        "__reduce_ex__": reduce,
     }
     return type(cls.__name__, (mixin, cls), names)
+
+
+def _anew(cls: Any, mixin: Any) -> Any:
+    """An empty instance, which `pickle` and `copy` fill."""
+    made = _subclass(cls, mixin)
+    return made.__new__(made)
 
 
 def _check_per_layer(name: str, selection: BranchSelection | Attend | None, layers: int) -> None:
