@@ -130,7 +130,10 @@ def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[i
             continue
         first, end = int(where[0]), int(where[-1]) + 1
         if end - first != len(where):
-            raise ValueError(f"attention_mask of sequence {b} has gaps; padding must be on the left or on the right")
+            raise ValueError(
+                f"attention_mask of sequence {b} has gaps; padding must be on the left or on the right (with "
+                "PEFT's prompt tuning on the right, since its tokens come first)"
+            )
         documents.append((b * length + first, b * length + end))
     return tuple(documents)
 
