@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 import lemo
 from lemo.config import Attend, Segments, SparsityConfig
 from lemo.errors import UserError
+from lemo.models import runtime
 from lemo.training import BypassCheckpoints
 from tiny import VOCAB, build
 
@@ -62,24 +63,34 @@ def train_model(model: Any, folder: Path, *, resume: bool, callbacks: Any = None
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def bypassed(*, wraps: bool) -> Any:
+    model = lemo.sparsify(
+        build("llama", lora=wraps), SparsityConfig(mode="forward", keep=0.5, train_bypass=True, block_size=4)
+    )
+    lemo.models.fit_bypasses(model, [{"input_ids": Documents().ids}], rank=4)
+    return model
+
+
 @pytest.mark.parametrize("wraps", [True, False])
-def test_bypasses_that_train_resume_with_the_callback(wraps: bool, tmp_path: Path) -> None:
+def test_bypasses_that_train_resume_with_the_callback(
+    wraps: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A PEFT checkpoint leaves them out."""
 
     def run(folder: str, *, resume: bool = False) -> dict[str, Tensor]:
-        model = lemo.sparsify(
-            build("llama", lora=wraps), SparsityConfig(mode="forward", keep=0.5, train_bypass=True, block_size=4)
-        )
-        lemo.models.fit_bypasses(model, [{"input_ids": Documents().ids}], rank=4)
-        return train_model(model, tmp_path / folder, resume=resume, callbacks=[BypassCheckpoints()])
+        return train_model(bypassed(wraps=wraps), tmp_path / folder, resume=resume, callbacks=[BypassCheckpoints()])
 
     whole = run("whole")
     assert sum("lemo_bypasses" in name for name in whole) == 18
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parts/checkpoint-3")
     assert same(run("parts", resume=True), whole)
     (tmp_path / "parts/checkpoint-7/lemo_bypasses.safetensors").unlink()
+    assert not caplog.records
     with pytest.raises(UserError, match=r"checkpoint-7/lemo_bypasses.* written with lemo\.training\.BypassCheckpoints"):
         run("parts", resume=True)
+    train_model(bypassed(wraps=True), tmp_path / "without", resume=False)
+    assert [record.getMessage() for record in caplog.records if "BypassCheckpoints" in record.getMessage()]
+    assert len(caplog.records) == 1
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -108,3 +119,23 @@ def test_draws_follow_the_users_seed(tmp_path: Path) -> None:
     first = spans(0)
     assert len({str(one) for one in first}) == 4
     assert spans(0) == first != spans(1)
+
+
+def test_ranks_draw_on_their_own_and_run_dense_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS["segments"].model_copy(update={"attend": Attend(density=0.5, block=2), "dense_share": 0.5})
+    model: Any = lemo.sparsify(build("llama"), settings)
+    ids = Documents().ids
+    found = lemo.models.get_runtime(model)
+    monkeypatch.setattr(runtime, "is_initialized", lambda: True)
+    seen: list[list[tuple[bool, Any]]] = []
+    for rank in range(2):
+        monkeypatch.setattr(runtime, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        seen.append([])
+        for _ in range(12):
+            model(input_ids=ids, labels=ids)
+            seen[-1].append((found.state.dense, found.last_spans))
+    dense = [[dense for dense, _ in passes] for passes in seen]
+    assert dense[0] == dense[1]
+    assert 0 < sum(dense[0]) < 12
+    assert all(one != other for (_, one), (_, other) in zip(*seen, strict=True))

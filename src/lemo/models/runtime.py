@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
@@ -25,6 +26,8 @@ from lemo.selection.spans import DrawnSpans, draw_spans
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.view import Rotary
 from lemo.types import SequenceLayout, StepStats, TokenPlan
+
+_log = logging.getLogger("lemo")
 
 
 @dataclass
@@ -128,6 +131,8 @@ class Runtime:
     state: BatchState | None = None
     sparse_in_eval: bool = False
     dense_only: bool = False
+    # Whether checkpoints hold bypasses that train, or the user knows that they don't.
+    bypasses_kept: bool = False
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
@@ -204,6 +209,12 @@ class Runtime:
         if not all(p.requires_grad for p in parameters):
             raise ValueError(
                 "the bypasses are frozen; wrap the model in PEFT before lemo.sparsify, or set train_bypass=False"
+            )
+        if not self.bypasses_kept:
+            self.bypasses_kept = True
+            _log.warning(
+                "train_bypass: checkpoints of a PEFT model hold the adapter alone; to resume with the bypasses as "
+                "trained, give the Trainer callbacks=[lemo.training.BypassCheckpoints()]"
             )
 
     def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:

@@ -15,6 +15,13 @@ from lemo.models.calibration import bypasses_of, tensors_of
 FILE = "lemo_bypasses.safetensors"
 
 
+def keep_bypasses(model: Any) -> None:
+    """Promises a sparsified model that its checkpoints will hold its bypasses, of which it warns otherwise."""
+    runtime = get_runtime(model)
+    if runtime is not None:
+        runtime.bypasses_kept = True
+
+
 def save_bypasses(model: Any, checkpoint: Path) -> None:
     """Writes a sparsified model's bypasses into a checkpoint's directory, if they train."""
     runtime = get_runtime(model)
@@ -68,6 +75,7 @@ class BypassCheckpoints(TrainerCallback):
         Raises:
             UserError: as `load_bypasses`.
         """
+        keep_bypasses(model)
         if state.global_step:
             load_bypasses(model, _checkpoint(args, state))
 
