@@ -242,8 +242,17 @@ def test_agreement_is_that_of_the_unmodified_models_gradient() -> None:
     assert 0.1 < found["cosine"] < 0.999
 
 
-def test_agreement_is_perfect_when_everything_is_kept() -> None:
-    model = lemo.models.sparsify(build("llama"), SparsityConfig(fidelity=1.0, block_size=4))
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparsityConfig(fidelity=1.0, block_size=4),
+        SparsityConfig(policy="segments", segments=Segments(spans=2, drawn=2), block_size=4),
+        SparsityConfig(mode="forward", keep=1.0, dense_share=0.5, block_size=4),
+    ],
+)
+def test_agreement_is_perfect_when_everything_is_kept(config: SparsityConfig) -> None:
+    """Under dropout too: both passes see the same masks, whatever else is drawn."""
+    model = lemo.models.sparsify(build("llama", lora_dropout=0.3 if config.mode == "backward" else 0.0), config)
     found = gradient_agreement(model, training_batch(label_all=True))
     assert found["cosine"] == pytest.approx(1.0, abs=1e-6)
     assert found["norm_ratio"] == pytest.approx(1.0, abs=1e-6)

@@ -48,9 +48,8 @@ def gradient_agreement(model: nn.Module, batch: Mapping[str, Any]) -> GradientAg
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    with _undisturbed(model, parameters), training_mode(model, True):
-        with flag(runtime, "config", sparsely):
-            sparse = _gradients(model, inputs, parameters)
+    with _undisturbed(model, parameters), training_mode(model, True), flag(runtime, "config", sparsely):
+        sparse = _gradients(model, inputs, parameters)
         with dense(model):
             exact = _gradients(model, inputs, parameters)
     product = sparse_square = exact_square = 0.0

@@ -155,13 +155,13 @@ class Runtime:
         self.state = BatchState(layout, dense=self.dense_only)
         if training and self.config.train_bypass:
             self._check_bypasses()
-        if training and self._draws and not self.dense_only:
+        if training and self._draws:
             # Ranks that began with one seed run dense together, since none waits then, but draw each on its own: their
             # documents differ.
             drawn = _draw_from_torch()
             self.state.seed = f"{drawn} {get_rank() if is_available() and is_initialized() else 0}"
-            self.state.dense = random.Random(drawn).random() < (self.config.dense_share or 0.0)
-            if self.state.dense:
+            if not self.dense_only and random.Random(drawn).random() < (self.config.dense_share or 0.0):
+                self.state.dense = True
                 # Mode `backward` notes what it keeps in its backward, whatever the pass.
                 if self.config.mode != "backward":
                     for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
