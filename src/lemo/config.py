@@ -138,11 +138,11 @@ class SparsityConfig(Frozen):
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,
             its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do.
-        dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense, evenly
-            spread; they count in the average keep and density. Default: what the calibration was made for, 0 without
-            one.
+        dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense, drawn at
+            random; they count in the average keep and density. Default: what the calibration was made for, or 0.
         train_bypass: `forward`: the bypasses train with the adapter, at its learning rate. The dense model has no use
-            for them, and they aren't part of the adapter. Default: where a calibration has some.
+            for them, and they aren't part of the adapter: a Trainer of your own needs the callback
+            `lemo.training.BypassCheckpoints` to resume. Default: where a calibration has some.
         score: `forward`: what attention's blocks are chosen by: `paper` (equations 1-2; sums over later queries, so
             selection looks ahead), `mass` (the softmax mass that later queries give; looks ahead too, and costs twice
             as much to compute) or `causal` (the paper's, but a block's fate is decided by earlier blocks only;

@@ -64,7 +64,7 @@ def test_two_ranks_equal_accumulation_of_two(place: Path, mode: str) -> None:
     assert json.loads((two / "summary.json").read_text())["processes"] == 2
 
     files = {path.name for path in (two / "checkpoint-2").iterdir()}
-    assert {"rng_state_0.pth", "rng_state_1.pth", "lemo_runtime_0.json", "lemo_runtime_1.json"} <= files
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files
     names = {path.name for path in two.iterdir()}
     assert names == {"adapter", "checkpoint-1", "checkpoint-2", "config.yaml", "metrics.jsonl", "summary.json"}
 

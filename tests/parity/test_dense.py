@@ -11,7 +11,7 @@ from torch import nn
 
 import lemo
 from reference import assert_same_gradients, explicit_masks, gradients, hooks, record_layers
-from tiny import CASES, FAMILIES, Batch, make_batch
+from tiny import CASES, FAMILIES, Batch, build, make_batch
 
 NOTHING_LEFT_OUT = {
     "backward": {"fidelity": 1.0},
@@ -103,14 +103,45 @@ def test_gradients_reach_inputs_embeds(mode: str, device: torch.device) -> None:
 
 def test_a_label_predicted_by_padding_counts_as_in_transformers(device: torch.device) -> None:
     """With left padding a label at the first real token is predicted by a padding row, and transformers counts it."""
-    dense, sparse = pair("qwen3", device, config(fidelity=1.0))
+    dense, sparse = pair("qwen3", device, config(mode="dense"))
     batch = make_batch("left", device, label_all=True)
     batch.labels = torch.where(batch.real_mask(), batch.input_ids, batch.labels)
     want, want_gradients = step(dense, batch)
     loss, got = step(sparse, batch)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     assert torch.isfinite(loss)
-    assert want_gradients.keys() == got.keys()
+    assert_same_gradients(got, want_gradients)
+
+
+LEAVES_PADDING_OUT = {
+    **{mode: values for mode, values in NOTHING_LEFT_OUT.items() if mode != "dense"},
+    "segments": {"policy": "segments", "segments": {"spans": 2, "drawn": 2}},
+    "attend": {"mode": "dense", "attend": {"density": 1.0, "block": 2}},
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("mode", LEAVES_PADDING_OUT)
+def test_a_label_predicted_by_padding_is_an_error_where_padding_is_left_out(
+    mode: str, side: str, device: torch.device
+) -> None:
+    sparse = lemo.sparsify(build("qwen3", device), config(**LEAVES_PADDING_OUT[mode]))
+    batch = make_batch(side, device, label_all=True)
+    step(sparse, batch)
+    batch.labels = batch.input_ids
+    with pytest.raises(ValueError, match=r"padding predicts a label.*set it to -100.*pad on the right"):
+        step(sparse, batch)
+
+
+def test_a_loss_outside_that_counts_padding_is_an_error(device: torch.device) -> None:
+    """TRL computes one; its gradient would be lost."""
+    sparse = lemo.sparsify(build("llama", device), config(fidelity=1.0))
+    batch = make_batch("left", device)
+    hidden, head = lemo.models.backbone_hidden(sparse, **batch.inputs(labels=False))
+    logits = head(hidden)
+    logits[batch.real_mask()].square().sum().backward(retain_graph=True)
+    with pytest.raises(ValueError, match="padding predicts a label"):
+        logits.square().sum().backward()
 
 
 @pytest.mark.parametrize("name", ["left", "packed2"])

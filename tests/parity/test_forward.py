@@ -260,7 +260,8 @@ def test_some_passes_run_dense(checkpointed: bool, device: torch.device) -> None
     runtime = get_runtime(sparse)
     assert runtime is not None
     keeps = []
-    for number in range(1, 11):
+    torch.manual_seed(0)
+    for _ in range(30):
         loss, got = step(sparse, batch)
         keeps.append(runtime.collect().keep_mean)
         if keeps[-1] == 1.0:
@@ -268,11 +269,7 @@ def test_some_passes_run_dense(checkpointed: bool, device: torch.device) -> None
             assert_same_gradients(got, wanted[1])
         else:
             assert abs(loss - wanted[0]) > 1e-4
-        if number == 5:
-            state = runtime.state_dict()
-            runtime.passes = 77
-            runtime.load_state_dict(state)
         with torch.no_grad():
             sparse.eval()(input_ids=batch.input_ids)  # evaluation doesn't count
             sparse.train()
-    assert [keep == 1.0 for keep in keeps] == [False, False, True, False, True] * 2
+    assert 6 <= keeps.count(1.0) <= 18, "12 expected, standard deviation 2.7"

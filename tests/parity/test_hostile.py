@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from pairs import config
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lemo.models
@@ -135,6 +136,28 @@ def test_offloaded_models_train(mode: str, lora: bool) -> None:
         losses.append(model(input_ids=ids, labels=ids).loss.detach())
     # Linears with hooks aren't fused with their LoRA, which rounds otherwise.
     torch.testing.assert_close(*losses, rtol=1e-3 if lora else 0, atol=0)
+
+
+def test_prompt_tuning_needs_padding_on_the_right() -> None:
+    models = [
+        get_peft_model(build("llama", lora=False), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        for _ in range(2)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    lemo.sparsify(models[1], config(fidelity=1.0))
+    for model in models:
+        model.train()(**make_batch("right").inputs()).loss.backward()
+    (want, got) = (gradients(model) for model in models)
+    assert list(got) == ["prompt_encoder.default.embedding.weight"]
+    assert_same_gradients(got, want)
+    with pytest.raises(ValueError, match="with PEFT's prompt tuning on the right"):
+        models[1](**make_batch("left").inputs())
+
+
+def test_prefix_tuning_is_refused() -> None:
+    model = get_peft_model(build("llama", lora=False), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="prefix tuning fills one: use LoRA or prompt tuning"):
+        lemo.sparsify(model, config()).train()(**make_batch("plain").inputs())
 
 
 def test_a_wrapped_attention_keeps_its_window() -> None:

@@ -24,7 +24,7 @@ from lemo.config import DataConfig, RunConfig, SparsityConfig
 from lemo.data import Collator
 from lemo.errors import UserError
 from lemo.evaluation import Answer, BucketLoss, evaluate, retrieval_answers
-from lemo.models import get_runtime, sparse_evaluation
+from lemo.models import sparse_evaluation
 from lemo.models.attention_plans import attention_for
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
@@ -206,9 +206,6 @@ class Laboratory:
                 train_dataset=self._rows(method),
                 data_collator=collate,
             )
-            runtime = get_runtime(model)
-            assert runtime is not None, "prepare_model sparsifies"
-            runtime.seed(seed)
             try:
                 with attention_for(base.config, self.study.task.max_tokens):
                     trainer.train()

@@ -30,8 +30,8 @@ class GradientAgreement(TypedDict):
 def gradient_agreement(model: nn.Module, batch: Mapping[str, Any]) -> GradientAgreement:
     """Compares the gradient under the model's sparsity with the one that `lemo.models.dense` gives.
 
-    Both passes start from the same random state. Nothing is left behind: gradients, random states (torch's and
-    lemo's own), statistics and train/eval modes are as before.
+    Both passes start from the same random state. Nothing is left behind: gradients, the random state, statistics and
+    train/eval modes are as before.
 
     Args:
         model: sparsified model with trainable parameters.
@@ -48,9 +48,8 @@ def gradient_agreement(model: nn.Module, batch: Mapping[str, Any]) -> GradientAg
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    with _undisturbed(model, parameters), training_mode(model, True):
-        with flag(runtime, "config", sparsely):
-            sparse = _gradients(model, inputs, parameters)
+    with _undisturbed(model, parameters), training_mode(model, True), flag(runtime, "config", sparsely):
+        sparse = _gradients(model, inputs, parameters)
         with dense(model):
             exact = _gradients(model, inputs, parameters)
     product = sparse_square = exact_square = 0.0
@@ -78,12 +77,12 @@ def _gradients(model: nn.Module, inputs: Mapping[str, Any], parameters: list[nn.
 
 @contextmanager
 def _undisturbed(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Puts `.grad`s and the runtime's draws and statistics back, whatever happens in between."""
+    """Puts `.grad`s and the runtime's statistics back, whatever happens in between."""
     runtime = get_runtime(model)
     assert runtime is not None
     gradients = [p.grad for p in parameters]
     before = dict(vars(runtime))
-    # Work on copies of everything that a pass changes in place (statistics, plans, the generator).
+    # Work on copies of everything that a pass changes in place (statistics, plans).
     runtime.state = None
     vars(runtime).update(copy.deepcopy({k: v for k, v in vars(runtime).items() if k != "config"}))
     try:

@@ -1,4 +1,4 @@
-"""What a sparsified model's instances do differently: three mixins, one each for CausalLM, decoder and decoder layer.
+"""What a sparsified model's instances do differently: a mixin each for CausalLM, decoder, decoder layer and attention.
 
 `lemo.models.surgery` puts a mixin in front of an instance's own class; nothing of transformers is copied or patched.
 The decoder notes where documents lie, the layers run sparsely, the CausalLM computes the segmented loss.
@@ -18,7 +18,7 @@ from lemo.loss import segmented_cross_entropy
 from lemo.models.attend import CALL, AttendCall, attention_by_lists
 from lemo.models.documents import BOUNDS, documents_by_bounds, needs_no_mask
 from lemo.models.fused import fused, low_copies
-from lemo.models.runtime import BatchState, Runtime, flag
+from lemo.models.runtime import BatchState, Runtime
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import Predictor
@@ -33,6 +33,9 @@ RUNTIME = "_lemo_runtime"
 VIEW = "_lemo_view"
 INDEX = "_lemo_index"
 PACKS = "_lemo_packs"
+# What CausalLM and decoder pass down by keyword, which wrappers pass again when they run a part of the model again.
+TARGETS = "lemo_targets"
+STATE = "lemo_state"
 
 
 def leaves_out(module: Any, runtime: Runtime) -> bool:
@@ -70,8 +73,7 @@ class SparseCausalLM:
             # A row predicts its successor; the last of a sequence predicts nothing.
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         targets = shifted.flatten()
-        with flag(runtime, "own_loss", True), flag(runtime, "targets", targets != -100):
-            outputs = self.base_model(**arguments)
+        outputs = self.base_model(**arguments, **{TARGETS: targets != -100})
         hidden_ND = outputs.last_hidden_state.flatten(0, 1)
         targets = targets.to(hidden_ND.device)
         with part("loss"):
@@ -109,6 +111,7 @@ class SparseDecoder:
         cls_forward = super().forward  # type: ignore[misc]
         runtime: Runtime = getattr(self, RUNTIME)
         runtime.state = None
+        targets = kwargs.pop(TARGETS, None)
         sparse = leaves_out(self, runtime)
         arguments = _named(cls_forward, args, kwargs)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -118,7 +121,10 @@ class SparseDecoder:
             # `generate` between steps.
             return cls_forward(*args, **kwargs)
         if cached and sparse:
-            raise ValueError("tokens can't be left out with a filled key/value cache; pass past_key_values=None")
+            raise ValueError(
+                "tokens can't be left out with a filled key/value cache; pass past_key_values=None (PEFT's prefix "
+                "tuning fills one: use LoRA or prompt tuning)"
+            )
         may_need_mask = not getattr(self, PACKS) and mask is None and positions is not None and not cached
         if not sparse and not may_need_mask:
             return cls_forward(*args, **kwargs)
@@ -128,8 +134,9 @@ class SparseDecoder:
         layout = build_layout(B, T, runtime.config.tokens_per_block, tokens.device, mask, positions)
         if sparse:
             cls_forward = functools.partial(_with_all_of_a_pass, self, runtime, tokens.device, cls_forward)
-            arguments.update(past_key_values=None, use_cache=False)
-            state = runtime.begin(layout, self.training)
+            state = runtime.begin(layout, self.training, targets)
+            # Not as it is: FSDP copies the dataclasses that it finds.
+            arguments |= {"past_key_values": None, "use_cache": False, STATE: lambda: state}
             if state.attend is not None:
                 with attention_by_lists(self.config):
                     return cls_forward(**arguments)
@@ -182,6 +189,21 @@ def document_mask(documents: tuple[tuple[int, int], ...], tokens: Tensor, config
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+class SparseAttention:
+    """Brings the attention function it was called with: a wrapper may run it, or its layer, again after the decoder has
+    put its own back."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = super().forward  # type: ignore[misc]
+        if CALL in kwargs:
+            with attention_by_lists(self.config):
+                return run(*args, **kwargs)
+        if BOUNDS in kwargs:
+            with documents_by_bounds(self.config):
+                return run(*args, **kwargs)
+        return run(*args, **kwargs)
+
+
 class SparseLayer:
     """Runs one decoder layer with blocks left out."""
 
@@ -198,9 +220,10 @@ class SparseLayer:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cls_forward = super().forward  # type: ignore[misc]
         runtime: Runtime = getattr(self, RUNTIME)
-        state = runtime.state
-        if state is None:
+        if STATE not in kwargs:
             return cls_forward(hidden_states, *args, **kwargs)
+        # Its own pass's, where a wrapper runs it again after another pass.
+        state: BatchState = kwargs.pop(STATE)()
         if args:
             kwargs = _named(functools.partial(cls_forward, hidden_states), args, kwargs)
         if runtime.config.mode == "backward":
@@ -259,8 +282,7 @@ def _run_dense(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any, 
     view: ArchitectureView = getattr(layer, VIEW)
 
     def run(x: Tensor) -> Tensor:
-        # A checkpointed recomputation comes when the decoder has put its own attention back.
-        with attention_by_lists(view.attention_module.config), view.fused():
+        with view.fused():
             return cls_forward(x, **kwargs, **{CALL: call})
 
     out = _checkpointed(layer, run, hidden)
@@ -279,11 +301,12 @@ def _checkpoints(layer: Any) -> bool:
 
 def _attend_call(layer: Any, state: BatchState) -> AttendCall | None:
     """Made outside of what is run again: the second run finds the first one's lists."""
-    runtime: Runtime = getattr(layer, RUNTIME)
     if state.attend is None:
         return None
-    asked = state.attend.of_layer(getattr(layer, INDEX))
-    return AttendCall(state, asked, getattr(layer, VIEW).window, runtime.draw_seed)
+    index: int = getattr(layer, INDEX)
+    return AttendCall(
+        state, state.attend.of_layer(index), getattr(layer, VIEW).window, lambda: state.draws(index).getrandbits(63)
+    )
 
 
 def _record_lists(layer: Any, call: AttendCall | None) -> None:

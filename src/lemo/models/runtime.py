@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
@@ -12,18 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import get_rank, is_available, is_initialized
 
 from lemo.config import Attend, SparsityConfig
 from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import AttendGrid, build_grid, build_grid_of_kept
-from lemo.selection.energy import block_energy, select_by_energy
-from lemo.selection.layout import causal_bounds
+from lemo.selection.energy import block_energy, row_norms, select_by_energy
+from lemo.selection.layout import causal_bounds, refuse_padding
 from lemo.selection.predictor import Predictor
 from lemo.selection.ranking import plan_from_blocks, plan_of_everything
 from lemo.selection.spans import DrawnSpans, draw_spans
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.view import Rotary
 from lemo.types import SequenceLayout, StepStats, TokenPlan
+
+_log = logging.getLogger("lemo")
 
 
 @dataclass
@@ -35,6 +39,7 @@ class BatchState:
         spans: what the `segments` policy drew, else None.
         labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
         dense: whether everything is kept (`lemo.models.dense`).
+        seed: of this pass's draws.
         rotary: transformers' (cos, sin) pair and its form with one line a row.
         by_bounds: whether the dense forward's attention takes bounds in a mask's place (`lemo.models.documents`).
         bounds: window -> int32 first and last key of each row.
@@ -48,12 +53,17 @@ class BatchState:
     spans: DrawnSpans | None = None
     labelled: Tensor | None = None
     dense: bool = False
+    seed: str = ""
     rotary: tuple[Any, Rotary] | None = None
     by_bounds: bool = False
     bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attend: Attend | None = None
     targets: Tensor | None = None
     grids: dict[Hashable, AttendGrid] = field(default_factory=dict)
+
+    def draws(self, layer: int) -> random.Random:
+        """One layer's draws: the same each time this pass's layer runs."""
+        return random.Random(f"{self.seed} {layer}")
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
         """Where blocks lie for layers with that density and sliding window; made once for all of them."""
@@ -106,7 +116,6 @@ class Runtime:
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
-        passes: training passes so far, which decide which ones run dense (`SparsityConfig.dense_share`).
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
 
@@ -122,36 +131,37 @@ class Runtime:
     state: BatchState | None = None
     sparse_in_eval: bool = False
     dense_only: bool = False
-    # Set while lemo's own loss is about to be computed; the `segments` policy needs it.
-    own_loss: bool = False
-    # Rows [B·T] that enter that loss.
-    targets: Tensor | None = None
+    # Whether checkpoints hold bypasses that train, or the user knows that they don't.
+    bypasses_kept: bool = False
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
-    passes: int = 0
-    generator: random.Random = field(default_factory=lambda: random.Random(0))
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _density: _Mean = field(default_factory=_Mean)
 
-    def seed(self, seed: int) -> None:
-        """Seeds the draws of the `segments` and `random` policies."""
-        self.generator.seed(seed)
-
-    def begin(self, layout: SequenceLayout, training: bool) -> BatchState:
+    def begin(self, layout: SequenceLayout, training: bool, targets: Tensor | None) -> BatchState:
         """Starts a forward pass.
 
+        Args:
+            layout: the batch's.
+            training: whether the model is in training mode.
+            targets: bool [B·T], rows that enter the loss; None where that is computed elsewhere.
+
         Raises:
-            ValueError: the `segments` policy or `attend.labelled` is on, and the loss isn't computed by the sparsified
-                model; or bypasses that should train can't.
+            ValueError: padding enters the loss; or the `segments` policy or `attend.labelled` is on, and the loss isn't
+                computed by the sparsified model; or bypasses that should train can't.
         """
+        if targets is not None:
+            refuse_padding(layout, targets)
         self.state = BatchState(layout, dense=self.dense_only)
         if training and self.config.train_bypass:
             self._check_bypasses()
-        if training and self.config.dense_share and not self.dense_only:
-            self.passes += 1
-            before, now = (int(n * self.config.dense_share + 1e-9) for n in (self.passes - 1, self.passes))
-            self.state.dense = now > before
-            if self.state.dense:
+        if training and self._draws:
+            # Ranks that began with one seed run dense together, since none waits then, but draw each on its own: their
+            # documents differ.
+            drawn = _draw_from_torch()
+            self.state.seed = f"{drawn} {get_rank() if is_available() and is_initialized() else 0}"
+            if not self.dense_only and random.Random(drawn).random() < (self.config.dense_share or 0.0):
+                self.state.dense = True
                 # Mode `backward` notes what it keeps in its backward, whatever the pass.
                 if self.config.mode != "backward":
                     for layer, branch in itertools.product(range(self.layers), ("attention", "mlp")):
@@ -159,28 +169,35 @@ class Runtime:
                 if self.config.attend is not None:
                     self._density.add(1.0, self.layers)
         if training and not self.state.dense:
-            self._begin_attend(self.state)
+            self._begin_attend(self.state, targets)
         if training and self.config.policy == "segments" and not self.dense_only:
-            if not self.own_loss:
+            if targets is None:
                 raise ValueError(
                     "policy='segments' draws spans and weights their loss, but this loss is computed outside the "
                     "model (TRL's SFTTrainer uses its own fused head). Use transformers.Trainer or `lemo finetune`, "
                     "which pass labels to the model, or choose policy='energy'"
                 )
-            self.state.spans = draw_spans(layout, self.config.segments, self.generator)
+            self.state.spans = draw_spans(layout, self.config.segments, random.Random(self.state.seed))
             self.last_spans = self.state.spans.ranges
         return self.state
 
-    def _begin_attend(self, state: BatchState) -> None:
+    @property
+    def _draws(self) -> bool:
+        """Whether anything is left to chance."""
+        attend = self.config.attend
+        by_chance = self.config.policy != "energy" or (attend is not None and attend.choice == "random")
+        return by_chance or bool(self.config.dense_share)
+
+    def _begin_attend(self, state: BatchState, targets: Tensor | None) -> None:
         attend = state.attend = self.config.attend
         if attend is None or attend.labelled == "sparse":
             return
-        if self.targets is None:
+        if targets is None:
             raise ValueError(
                 "attend.labelled='dense' must see the labels, but this loss is computed outside the model; call it "
                 "with labels, or choose labelled='sparse'"
             )
-        state.targets = self.targets.cpu()
+        state.targets = targets.cpu()
 
     def _check_bypasses(self) -> None:
         parameters = [p for bypass in self.bypasses.values() for p in bypass.parameters()]
@@ -193,9 +210,22 @@ class Runtime:
             raise ValueError(
                 "the bypasses are frozen; wrap the model in PEFT before lemo.sparsify, or set train_bypass=False"
             )
+        if not self.bypasses_kept:
+            self.bypasses_kept = True
+            _log.warning(
+                "train_bypass: checkpoints of a PEFT model hold the adapter alone; to resume with the bypasses as "
+                "trained, give the Trainer callbacks=[lemo.training.BypassCheckpoints()]"
+            )
 
     def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:
-        """The plan of one layer in `backward` mode, from the gradient at its output."""
+        """The plan of one layer in `backward` mode, from the gradient at its output.
+
+        Raises:
+            ValueError: padding has a gradient, or labelled blocks exceed `keep`.
+        """
+        if layer == self.layers - 1 and state.layout.real_tokens < state.layout.rows:
+            # A loss computed elsewhere is known by its gradient alone.
+            refuse_padding(state.layout, row_norms(grad_BTD) > 0)
         if state.spans is not None and not state.dense:
             plan = state.spans.plan
         elif state.dense:
@@ -205,25 +235,20 @@ class Runtime:
             if state.labelled is None:
                 # The first layer to run backward is the last: only rows that enter the loss have a gradient there.
                 state.labelled = energy != 0
-            drawn = self.config.policy == "random"
+            draws = state.draws(layer) if self.config.policy == "random" else None
             plan = select_by_energy(
                 energy,
                 state.layout,
                 self.config.fidelity,
                 self.config.keep,
                 state.labelled if self.config.labelled == "always" else None,
-                priority=self._draw(energy) if drawn else None,
-                sink=self.config.keep_sink and not drawn,
+                priority=None if draws is None else _numbers(draws, energy),
+                sink=self.config.keep_sink and draws is None,
             )
             if self.placement is not None:
                 plan = plan_from_blocks(self.placement(state.layout, state.labelled, layer), state.layout)
         self.record(layer, plan, plan)
         return plan
-
-    def _draw(self, energy: Tensor) -> Tensor:
-        """A number for each block, [blocks]: keeping the largest keeps blocks drawn without replacement."""
-        drawn = [self.generator.random() for _ in range(energy.numel())]
-        return torch.tensor(drawn, dtype=torch.float64, device=energy.device)
 
     def record(self, layer: int, attention: TokenPlan, mlp: TokenPlan) -> None:
         """Notes a layer's plans for `collect`."""
@@ -239,10 +264,6 @@ class Runtime:
         if self.keep_lists:
             self.last_lists[layer] = lists
         self._density.add(grid.density)
-
-    def draw_seed(self) -> int:
-        """A seed for one layer call, from lemo's own stream."""
-        return self.generator.getrandbits(63)
 
     def collect(self) -> StepStats:
         """Averages since the last call, then starts anew."""
@@ -263,23 +284,16 @@ class Runtime:
         self._density = _Mean()
         return stats
 
-    def state_dict(self) -> dict[str, Any]:
-        """lemo's own random state, JSON-able."""
-        version, internal, gauss = self.generator.getstate()
-        return {"generator": [version, list(internal), gauss], "passes": self.passes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`.
+def _draw_from_torch() -> int:
+    """A number from torch's stream: `torch.manual_seed` and the random state of a checkpoint, be it transformers' or an
+    activation checkpoint's, bring the same draws again."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
-        Raises:
-            ValueError: the state isn't one that `state_dict` wrote.
-        """
-        try:
-            version, internal, gauss = state["generator"]
-            self.generator.setstate((version, tuple(internal), gauss))
-            self.passes = int(state.get("passes", 0))  # absent before `dense_share` was there
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a lemo runtime state: {error}; resume from another checkpoint") from error
+
+def _numbers(draws: random.Random, energy: Tensor) -> Tensor:
+    """One for each block, [blocks]: keeping the largest keeps blocks drawn without replacement."""
+    return torch.tensor([draws.random() for _ in range(energy.numel())], dtype=torch.float64, device=energy.device)
 
 
 @contextmanager

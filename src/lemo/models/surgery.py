@@ -22,7 +22,7 @@ from lemo.kernels.dispatch import check_listed_block
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.attend import refuse_dropout
 from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
-from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseCausalLM, SparseDecoder, SparseLayer
+from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseAttention, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.sparse.bypass import Bypass
@@ -186,6 +186,12 @@ def _sparsify_layer(layer: Any, index: int, row: Architecture, runtime: Runtime)
     setattr(layer, VIEW, ArchitectureView(layer, row))
     setattr(layer, INDEX, index)
     _swap(layer, SparseLayer)
+    if runtime.config.mode != "forward":
+        attention: Any = layer.get_submodule(row.attention)
+        # A wrapper that checkpoints runs what it holds again.
+        attention = getattr(attention, "_checkpoint_wrapped_module", attention)
+        setattr(attention, RUNTIME, runtime)
+        _swap(attention, SparseAttention)
 
 
 def _device_of(layer: nn.Module) -> torch.device:
@@ -229,13 +235,24 @@ def _subclass(cls: Any, mixin: Any) -> Any:
         # TRL and accelerate keep this function bound to a model that has been restored since.
         return (mixin if isinstance(self, mixin) else cls).forward(self, *args, **kwargs)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        # A class made at run time can't be looked up by its name.
+        return _anew, (cls, mixin), *cls.__reduce_ex__(self, protocol)[2:]
+
     names = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "forward": forward,
+        "__reduce_ex__": reduce,
     }
     return type(cls.__name__, (mixin, cls), names)
+
+
+def _anew(cls: Any, mixin: Any) -> Any:
+    """An empty instance, which `pickle` and `copy` fill."""
+    made = _subclass(cls, mixin)
+    return made.__new__(made)
 
 
 def _check_per_layer(name: str, selection: BranchSelection | Attend | None, layers: int) -> None:

@@ -12,17 +12,22 @@ from lemo.selection.ranking import block_cap, most_blocks, order_in_documents, p
 from lemo.types import SequenceLayout, TokenPlan
 
 
+def row_norms(grad_BTD: Tensor) -> Tensor:
+    """Norm of each row's gradient, in fp32 or wider, [B·T], without a full-width temporary."""
+    wide = torch.float64 if grad_BTD.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(grad_BTD.flatten(0, 1), dim=-1, dtype=wide)
+
+
 def block_energy(grad_BTD: Tensor, layout: SequenceLayout) -> Tensor:
     """Squared gradient norm of each block, in fp32 or wider, [blocks]. Padding counts for none.
 
     One pass over the gradient; no full-width temporary.
     """
-    wide = torch.float64 if grad_BTD.dtype == torch.float64 else torch.float32
-    row_norms = torch.linalg.vector_norm(grad_BTD.reshape(layout.rows, -1), dim=-1, dtype=wide).double()
+    norms = row_norms(grad_BTD).double()
     # One extra slot takes the padding's rows.
     slots = torch.where(layout.block_of_row < 0, layout.block_tokens.numel(), layout.block_of_row)
-    energy = row_norms.new_zeros(layout.block_tokens.numel() + 1)
-    return energy.index_add_(0, slots, row_norms.square())[:-1]
+    energy = norms.new_zeros(layout.block_tokens.numel() + 1)
+    return energy.index_add_(0, slots, norms.square())[:-1]
 
 
 def select_by_energy(

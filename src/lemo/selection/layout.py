@@ -86,6 +86,16 @@ def causal_bounds(layout: SequenceLayout, rows: Tensor, window: int | None) -> t
     return first if window is None else torch.maximum(first, rows - window + 1), rows
 
 
+def refuse_padding(layout: SequenceLayout, rows: Tensor) -> None:
+    """Raises ValueError if padding is among the rows, bool [B·T], that enter the loss."""
+    padding = layout.block_of_row < 0
+    if layout.real_tokens < layout.rows and bool((rows.to(padding.device) & padding).any()):
+        raise ValueError(
+            "padding predicts a label (on the left, that of a sequence's first token), but lemo leaves padding out, so "
+            "its gradient would be lost; set it to -100, and padding's own labels too, or pad on the right"
+        )
+
+
 def table_of_documents(layout: SequenceLayout) -> Tensor:
     """Each document's first block, blocks, first row and the row after its last, int64 [documents, 4]; made once."""
     if "documents" not in layout.made:
@@ -120,7 +130,10 @@ def _documents_from_mask(mask: Tensor, batch: int, length: int) -> tuple[tuple[i
             continue
         first, end = int(where[0]), int(where[-1]) + 1
         if end - first != len(where):
-            raise ValueError(f"attention_mask of sequence {b} has gaps; padding must be on the left or on the right")
+            raise ValueError(
+                f"attention_mask of sequence {b} has gaps; padding must be on the left or on the right (with "
+                "PEFT's prompt tuning on the right, since its tokens come first)"
+            )
         documents.append((b * length + first, b * length + end))
     return tuple(documents)
 

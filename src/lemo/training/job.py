@@ -22,7 +22,6 @@ from lemo.config import LoraConfig, RunConfig
 from lemo.data import Collator, Loaded, load
 from lemo.errors import UserError
 from lemo.evaluation import EvaluationResult, Sample, compare_positions, evaluate, gradient_agreement, sample_completion
-from lemo.models import get_runtime
 from lemo.models.attention_plans import attention_for
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
@@ -248,10 +247,6 @@ class _Job:
             train_dataset=self.data.train,
             data_collator=Collator.for_tokenizer(self.tokenizer),
         )
-        runtime = get_runtime(model)
-        assert runtime is not None, "prepare_model sparsifies"
-        # Ranks hold different documents, so they draw on their own.
-        runtime.seed(config.training.seed + args.process_index)
         try:
             if self.checkpoint is not None and done == config.training.steps:
                 trainer.load_weights(self.checkpoint)

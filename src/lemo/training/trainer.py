@@ -1,7 +1,7 @@
 """transformers.Trainer, changed where a long run needs it: whole checkpoints, one metrics line a step, exact counts.
 
 Four things differ from the Trainer; all else is its own.
-1. A checkpoint is written aside and renamed (`lemo.training.checkpoints`), and holds lemo's random state.
+1. A checkpoint is written aside and renamed (`lemo.training.checkpoints`), and holds bypasses that train.
    `training_args.bin`, a pickle, is never written.
 2. The loss is divided by the labels that enter it. Up to transformers 5.1x the Trainer counts a sequence's first label
    too, which nothing predicts; later versions decide by the model's `loss_type`. Here it is counted directly.
@@ -11,7 +11,6 @@ Four things differ from the Trainer; all else is its own.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -28,18 +26,16 @@ from lemo.config import RunConfig
 from lemo.errors import UserError
 from lemo.memory import PeakTracker
 from lemo.models import get_runtime
-from lemo.models.calibration import bypasses_of, tensors_of
 from lemo.training import checkpoints
+from lemo.training.bypasses import keep_bypasses, load_bypasses, save_bypasses
 from lemo.training.metrics import MetricsLog
 from lemo.training.progress import StepDisplay
-from lemo.training.storage import require_space, storage_errors, write_json
+from lemo.training.storage import require_space, storage_errors
 from lemo.types import StepStats
 
 IGNORED = -100
 # Trainer state, scheduler, random states and manifest together.
 _CHECKPOINT_EXTRA = 2 * 2**20
-# Of bypasses that train.
-_BYPASS_FILE = "lemo_bypasses.safetensors"
 
 
 class LemoTrainer(Trainer):
@@ -66,6 +62,7 @@ class LemoTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, **kwargs)
         self.adapted: Any = model
+        keep_bypasses(model)
         self.remove_callback(PrinterCallback)
         # The sparsified model divides by num_items_in_batch itself.
         self.model_accepts_loss_kwargs = True
@@ -167,9 +164,9 @@ class LemoTrainer(Trainer):
                 self._barrier()
                 self._aside = aside
                 super()._save_checkpoint(model, trial)
-                self._save_runtime(aside / what)
                 self._barrier()
                 if self.args.should_save:
+                    save_bypasses(self.adapted, aside / what)
                     checkpoints.seal(aside / what, step, self.identity)
                     checkpoints.publish(aside, self.run_directory, step)
                     checkpoints.rotate(self.run_directory, self.run_config.training.keep_checkpoints)
@@ -188,22 +185,9 @@ class LemoTrainer(Trainer):
             # lemo trains no embeddings; PEFT's `auto` would ask the hub about the base model.
             self.adapted.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
-    def _save_runtime(self, directory: Path) -> None:
-        runtime = get_runtime(self.adapted)
-        assert runtime is not None, "LemoTrainer is given sparsified models"
-        write_json(directory / self._runtime_file(), runtime.state_dict())
-        if runtime.config.train_bypass and self.args.should_save:
-            save_file(tensors_of({}, runtime.bypasses), directory / _BYPASS_FILE)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The Trainer calls this when the data are where the checkpoint left them, before the next step."""
-        super()._load_rng_state(checkpoint)
-        runtime = get_runtime(self.adapted)
-        if checkpoint is not None and runtime is not None:
-            runtime.load_state_dict(json.loads((Path(checkpoint) / self._runtime_file()).read_text(encoding="utf-8")))
-            if runtime.config.train_bypass:
-                for key, bypass in bypasses_of(load_file(Path(checkpoint) / _BYPASS_FILE)).items():
-                    runtime.bypasses[key].load_state_dict(bypass.state_dict())
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_bypasses(self.adapted, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """By way of the CPU: on several CPU ranks, Trainers before 5.2x ask torch for `cpu:0`, which it refuses."""
@@ -215,9 +199,6 @@ class LemoTrainer(Trainer):
             for target, name in targets:
                 target.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
 
-    def _runtime_file(self) -> str:
-        return f"lemo_runtime_{self.args.process_index}.json"
-
     def _checkpoint_bytes(self) -> int:
         """Adapter, and two fp32 moments for each of its numbers."""
         trained = [p for p in self.adapted.parameters() if p.requires_grad]
@@ -228,7 +209,7 @@ class LemoTrainer(Trainer):
             dist.barrier()
 
     def load_weights(self, checkpoint: Path) -> None:
-        """The adapter of a checkpoint, and nothing else of it."""
+        """The adapter of a checkpoint with its bypasses, and nothing else of it."""
         self._load_from_checkpoint(str(checkpoint))
 
 
