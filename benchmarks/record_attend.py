@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ SHAPE, H, K, D = "llama-3-8b", 32, 8, 128
 SCALE = D**-0.5
 DENSITIES = (0.15, 0.25, 1.0)
 KEPT_EVERY = 8
+Choice = Literal["none", "sampled"]
 PRODUCTS = {"forward": 2, "backward": 5}
 
 
@@ -49,7 +51,7 @@ class Setting:
 
     def attention(self, host_rows: Tensor | None) -> tuple[Callable[[], object], Callable[[], object]]:
         """(forward, backward) of these rows' queries, or of all."""
-        lists = choose_blocks(self.attend, self.q, self.k, SCALE)
+        lists = choose_blocks(self.attend, self.q, self.k, SCALE, lambda: 0)
         which, k, v = Queries(lists, host_rows), self.k, self.v
         q = self.q if host_rows is None else self.q[:, host_rows.to("cuda")]
         out, lse = block_sparse_forward(q, k, v, which, SCALE)
@@ -60,12 +62,13 @@ class Setting:
         )
 
 
-def setting(T: int, density: float, block: int) -> Setting:
+def setting(T: int, density: float, block: int, choice: Choice) -> Setting:
     """Random queries, keys and values."""
     drawn = [torch.randn(T, heads, D, device="cuda", dtype=torch.bfloat16).transpose(0, 1) for heads in (H, K, K)]
     layout = build_layout(1, T, 64, torch.device("cuda"))
-    attend = build_grid(layout, Attend(density=density, block=block), K, None)
-    return Setting(f"density {density}, blocks of {block}", *drawn, layout, attend)
+    attend = build_grid(layout, Attend(density=density, block=block, choice=choice), K, None)
+    name = f"density {density}, blocks of {block}" + ("" if choice == "none" else f", {choice}")
+    return Setting(name, *drawn, layout, attend)
 
 
 def measured(name: str, kind: str, work: float | None, T: int, run: Callable[[], object]) -> Record:
@@ -80,12 +83,12 @@ def measured(name: str, kind: str, work: float | None, T: int, run: Callable[[],
 
 
 @torch.no_grad()
-def block_sparse_rows(T: int, density: float, block: int) -> list[Record]:
+def block_sparse_rows(T: int, density: float, block: int, choice: Choice = "none") -> list[Record]:
     """Choice, and attention of all rows and of kept ones, at one density."""
-    s = setting(T, density, block)
+    s = setting(T, density, block, choice)
     rows = [
         measured(s.name, "grid", None, T, lambda: build_grid(s.layout, s.attend.attend, K, None)),
-        measured(s.name, "choice", None, T, lambda: choose_blocks(s.attend, s.q, s.k, SCALE)),
+        measured(s.name, "choice", None, T, lambda: choose_blocks(s.attend, s.q, s.k, SCALE, lambda: 0)),
     ]
     for name, host_rows in (("all rows", None), ("kept rows", torch.arange(0, T, KEPT_EVERY))):
         work = s.attend.pairs(host_rows) / s.attend.causal_pairs
@@ -131,5 +134,6 @@ if __name__ == "__main__":
     for share in DENSITIES:
         found += block_sparse_rows(tokens, share, 64)
     found += block_sparse_rows(tokens, DENSITIES[0], 128)
+    found += block_sparse_rows(tokens, DENSITIES[0], 64, "sampled")
     records.write(found, Path(file))
     print(table(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,22 @@ def block_sparse_attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, bias_KNM
     blind = (bias_HNM == float("-inf")).all(-1, keepdim=True)
     weights_HNM = scores_HNM.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     return (weights_HNM @ v_HMd).transpose(0, 1)
+
+
+def block_log_masses(q_HNd: Tensor, k_KTd: Tensor, rows_N: Tensor, scale: float, key_block: int) -> Tensor:
+    """Logarithms to base 2 of the sums of exponentials of each query's scores in each key block, [H, blocks, N].
+
+    Args:
+        q_HNd, k_KTd: H a multiple of K.
+        rows_N: the last key that each query sees.
+        scale: factor on q·k.
+        key_block: tokens a block; the last one may have fewer.
+    """
+    T = k_KTd.shape[1]
+    scores = q_HNd @ k_KTd.repeat_interleave(q_HNd.shape[0] // k_KTd.shape[0], 0).transpose(1, 2) * scale
+    scores = scores.masked_fill(torch.arange(T, device=q_HNd.device) > rows_N[:, None], float("-inf"))
+    parts = [part.logsumexp(-1) for part in scores.split(key_block, 2)]
+    return torch.stack(parts, 1) / math.log(2)
 
 
 def block_pair_scores(

@@ -5,11 +5,13 @@ blocks chosen for it; all causally, inside its document, and inside a sliding wi
 block gets the same number of blocks before its own, so that the lists' lengths, and with them the density, are known
 before anything is computed and don't depend on how blocks are chosen: methods compare at equal work.
 
-`pooled`: the mean of a query block's queries against the mean of a key block's keys, softmax over all blocks that the
-query block may see, mean over the query heads that share a key head; each key head has its own lists. The softmax comes
-before the mean, so that a head that looks nearby has no say about distant blocks. Rejected: one list for all heads
-(heads look at different places, and lists by key head cost the kernel nothing); exact block scores (as much work as
-attention itself); a mean over heads of q·k (heads with large scores would decide alone).
+`pooled` takes the blocks with the highest `pooled_mass`; the softmax comes before the mean over a group's heads, so
+that a head that looks nearby has no say about distant blocks. `sampled` draws blocks with probability by their
+`looked_mass` and weighs each by 1/probability, so that the sums over keys, numerator and denominator of the softmax,
+are estimated without bias: what a window or the highest blocks leave out is a bias that training learns
+(docs/decisions/0011). Each key head has its own lists. Rejected: one list for all heads (heads look at different
+places, and lists by key head cost the kernel nothing); exact block scores (as much work as attention itself); a mean
+over heads of q·k (heads with large scores would decide alone).
 
 Blocks count from each document's first token. K key heads, H query heads, d head size; nq, nk blocks of one document.
 """
@@ -28,12 +30,13 @@ from torch import Tensor
 
 from lemo.config import QUERY_BLOCKS, Attend
 from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
+from lemo.selection.attend_mass import LOOKED_AT, looked_mass, pool, pooled_mass
 from lemo.selection.sampling import draw_systematically, inclusion_probabilities
 from lemo.types import SequenceLayout, TokenPlan
 
-_SCORES_AT_ONCE = 2**24
+_SCORES_AT_ONCE = 2**25
 # Of a `sampled` choice, the share that is drawn evenly: an estimate of a block's mass may be far too low.
-_EVENLY = 0.25
+_EVENLY = 0.1
 # Key blocks, int64 [K or 1, n, chosen], and logarithms of their weights to base 2, or None.
 Chosen = tuple[Tensor, Tensor | None]
 
@@ -56,6 +59,12 @@ class Choosers:
     lowest: Integers
     nearest: int
     chosen: int
+
+
+# (choosers, query blocks [n], key blocks that they don't see [n, nk]) -> scores, [K, n, nk].
+Score = Callable[[Choosers, Tensor, Tensor], Tensor]
+# (scores, which are distant [n, nk], how many) -> the choice.
+Pick = Callable[[Tensor, Tensor, int], Chosen]
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,49 +269,33 @@ def choose_blocks(
     if choice == "none" or not attend.choosers:
         return attend.nearest_lists
     K, device = k_KMd.shape[0], q_HNd.device
-    generator = None
-    if choice != "pooled":
-        assert draw is not None, "a random choice needs a seed"
-        generator = torch.Generator(device).manual_seed(draw())
+    assert draw is not None or choice == "pooled", "a random choice needs a seed"
+    generator = torch.Generator(device).manual_seed(0 if draw is None else draw())
+    size = attend.attend.block
     pools: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def any_one(choosers: Choosers, part: slice, blocks: int) -> Tensor:
-        return torch.rand(K, len(choosers.block[part]), blocks, generator=generator, device=device)
+    def any_one(choosers: Choosers, block: Tensor, unseen: Tensor) -> Tensor:
+        return torch.rand(K, *unseen.shape, generator=generator, device=device)
 
-    def mass(choosers: Choosers, part: slice, blocks: int) -> Tensor:
+    def pooled(choosers: Choosers, block: Tensor, unseen: Tensor) -> Tensor:
         rows = slice(choosers.first, choosers.end)
         if choosers.first not in pools:
-            size = attend.attend.block
             pools.clear()
             pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
-        return _pooled_mass(*pools[choosers.first], choosers, part, scale)
+        return pooled_mass(*pools[choosers.first], unseen, block, scale)
 
-    pick = _highest if generator is None or choice == "random" else functools.partial(_drawn, generator)
-    score, heads = (any_one, K) if choice == "random" else (mass, q_HNd.shape[0])
+    def looked(choosers: Choosers, block: Tensor, unseen: Tensor) -> Tensor:
+        rows = slice(choosers.first, choosers.end)
+        return looked_mass(q_HNd[:, rows], k_KMd[:, rows], unseen, block, scale, QUERY_BLOCKS * size, size)
+
+    ways: dict[str, tuple[Score, Pick, int]] = {
+        "random": (any_one, _highest, K),
+        "pooled": (pooled, _highest, q_HNd.shape[0]),
+        "sampled": (looked, functools.partial(_drawn, generator), q_HNd.shape[0] * LOOKED_AT),
+    }
+    score, pick, at_once = ways[choice]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _lists(attend, functools.partial(_in_parts, attend, heads, score, pick))
-
-
-def pool(x_HTd: Tensor, size: int) -> Tensor:
-    """Means over blocks of one document, fp32 or wider, [H, blocks, d]; the last block may be short."""
-    wide = torch.promote_types(x_HTd.dtype, torch.float32)
-    whole = x_HTd.shape[1] // size * size
-    mean = x_HTd[:, :whole].unflatten(1, (-1, size)).mean(2, dtype=wide) if whole else None
-    if whole == x_HTd.shape[1]:
-        assert mean is not None, "a document has tokens"
-        return mean
-    rest = x_HTd[:, whole:].mean(1, keepdim=True, dtype=wide)
-    return rest if mean is None else torch.cat([mean, rest], 1)
-
-
-def _pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, choosers: Choosers, part: slice, scale: float) -> Tensor:
-    """Estimated softmax mass that query blocks give to key blocks, mean over the heads of a group, [K, n, nk]."""
-    K, nk, _ = k_Kkd.shape
-    block, lowest = (on_device(x[part], torch.int64, q_Hqd.device) for x in (choosers.block, choosers.lowest))
-    keys = torch.arange(nk, device=q_Hqd.device)
-    unseen = (keys < lowest[:, None]) | (keys >= (block[:, None] + 1) * QUERY_BLOCKS)
-    logits = q_Hqd[:, block].unflatten(0, (K, -1)) @ k_Kkd[:, None].transpose(-1, -2) * scale
-    return logits.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)
+        return _lists(attend, functools.partial(_in_parts, attend, at_once, score, pick))
 
 
 def _lists(attend: AttendGrid, choose: Callable[[Choosers], Chosen]) -> BlockLists:
@@ -316,20 +309,13 @@ def _lists(attend: AttendGrid, choose: Callable[[Choosers], Chosen]) -> BlockLis
     return BlockLists(grid, entries, torch.cat(boosts) if boosts else None)
 
 
-def _in_parts(
-    attend: AttendGrid,
-    at_once: int,
-    score: Callable[[Choosers, slice, int], Tensor],
-    pick: Callable[[Tensor, Tensor, int], Chosen],
-    choosers: Choosers,
-) -> Chosen:
+def _in_parts(attend: AttendGrid, at_once: int, score: Score, pick: Pick, choosers: Choosers) -> Chosen:
     """Blocks picked by their scores, for some choosers at a time.
 
     Args:
         attend: where blocks lie.
-        at_once: heads that have scores at the same time.
-        score: (choosers, part of them, nk) -> scores, [K or 1, n, nk].
-        pick: (scores, which are distant [n, nk], how many) -> the choice.
+        at_once: scores that a query block needs for each key block while they are computed.
+        score, pick: the way.
         choosers: who chooses.
     """
     nk, n = -(-(choosers.end - choosers.first) // attend.attend.block), len(choosers.block)
@@ -339,7 +325,8 @@ def _in_parts(
         part = slice(i, i + step)
         block, lowest = (on_device(x[part], torch.int64, keys.device) for x in (choosers.block, choosers.lowest))
         distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)
-        found.append(pick(score(choosers, part, nk), distant, choosers.chosen))
+        unseen = (keys < lowest[:, None]) | (keys >= (block[:, None] + 1) * QUERY_BLOCKS)
+        found.append(pick(score(choosers, block, unseen), distant, choosers.chosen))
     blocks = torch.cat([block for block, _ in found], 1)
     boosts = [boost for _, boost in found if boost is not None]
     return blocks, torch.cat(boosts, 1) if boosts else None
