@@ -375,7 +375,7 @@ class PredictorConfig(Frozen):
         memory_gib: newest documents that a step's is drawn from, as many as take so many GiB on the model's device; of
             each branch.
         learning_rate, weight_decay: AdamW's; the rate falls to zero along a cosine.
-        prune_above: zero frequency over which a neuron is taken out; 1 keeps all.
+        neurons: share of the first two matrices' rows that pruning leaves; 1 keeps all.
         prune_every: steps between prunings.
     """
 
@@ -384,7 +384,7 @@ class PredictorConfig(Frozen):
     memory_gib: float = Field(default=8.0, gt=0)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=1.0, ge=0)
-    prune_above: float = Field(default=0.75, gt=0, le=1)
+    neurons: float = Field(default=0.65, gt=0, le=1)
     prune_every: int = Field(default=64, ge=1)
 
 

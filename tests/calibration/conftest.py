@@ -17,7 +17,7 @@ QUICK = (
     "block_size=16",
     "predictor.steps=300",
     "predictor.widths=[24,16,8]",
-    "predictor.prune_above=0.65",
+    "predictor.neurons=0.65",
     "bypass_rank=8",
     "judge_sequences=5",
 )

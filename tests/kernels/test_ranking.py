@@ -73,9 +73,10 @@ def test_rows_of_padded_sequences(monkeypatch: Any) -> None:
 def test_scores_are_those_of_torch(lengths: str, width: int, monkeypatch: Any) -> None:
     layout = layout_of(LENGTHS[lengths], 13)
     outputs = torch.rand(2 * width, len(layout.block_tokens), device=DEVICE).T
-    wanted = AttentionPredictor(8, (4, 4, width)).scores(outputs, layout.blocks_per_document, causal=False)
+    predictor = AttentionPredictor(8, (4, 4, width)).to(DEVICE)
+    wanted = predictor.scores(outputs, layout.blocks_per_document, causal=False)
     poisoned(monkeypatch)
-    found = later_products(outputs, table_of_documents(layout), max(layout.blocks_per_document))
+    found = later_products(outputs, predictor.reach, table_of_documents(layout), max(layout.blocks_per_document))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 

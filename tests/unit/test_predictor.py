@@ -13,10 +13,10 @@ from lemo.config import PredictorConfig
 from lemo.models.calibration import widths_of
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Predictor, predicted_scores
-from lemo.selection.predictor_blocks import Blocks
+from lemo.selection.predictor_blocks import Blocks, part_of, reaches, scores_of_blocks
 from lemo.selection.predictor_stack import PredictorStack
 from lemo.selection.predictor_training import GIB, Example, PredictorTraining, recall
-from lemo.selection.scores import attention_informativeness, mlp_informativeness
+from lemo.selection.scores import attention_informativeness, block_pair_scores, mlp_informativeness
 
 D, SIZE = 12, 8
 
@@ -61,6 +61,52 @@ def test_sums_are_those_of_the_pair_scores(tokens: int, causal: bool) -> None:
     assert not pairs.triu(1).any()
     wanted = attention_informativeness(pairs, causal)
     torch.testing.assert_close(predictor.informativeness(x, blocks, causal), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_meet_over_their_reach() -> None:
+    predictor, x = attention((6, 5, 9)), torch.randn(30 * SIZE, D)
+    blocks = Blocks(len(x), SIZE)
+    query, key = predictor.outputs(x, blocks).chunk(2, 1)
+    wanted = torch.zeros(30, 30)
+    for i in range(30):
+        for j in range(i + 1):
+            meet = (i - j < predictor.reach).float()
+            wanted[i, j] = (query[i] * key[j] * meet).sum()
+    torch.testing.assert_close(predictor.pair_scores(x, blocks), wanted)
+    assert predictor.reach[0] == 2
+    assert predictor.reach[-1] > 2**20
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 32])
+def test_reaches_rise_to_the_whole_document(width: int) -> None:
+    found = reaches(width)
+    assert len(found) == width
+    assert (found.diff() >= 0).all()
+    assert found[-1] > 2**20
+
+
+@pytest.mark.parametrize("mass", [False, True])
+@pytest.mark.parametrize("tokens", [64, 75, 90])
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_scores_of_parts_make_those_of_blocks(first: int, tokens: int, mass: bool) -> None:
+    """Also where the blocks begin at another part: as if there were no rows before it, but for mass's denominators."""
+    torch.manual_seed(0)
+    q, k = torch.randn(4, tokens, 8), torch.randn(2, tokens, 8)
+    parts = block_pair_scores(q, k, 0.3, 4, None, mass)[first:, first:]
+    rows = tokens - 4 * first
+    sizes = torch.tensor([float(min(4, rows - i)) for i in range(0, rows, 4)])
+    found = scores_of_blocks(parts, 4, sizes if mass else None)
+    if not mass:
+        torch.testing.assert_close(found, block_pair_scores(q[:, 4 * first :], k[:, 4 * first :], 0.3, 16, None))
+    elif not first:
+        torch.testing.assert_close(found, block_pair_scores(q, k, 0.3, 16, None, True))
+    else:
+        assert found.shape == (-(-rows // 16),) * 2
+        assert (found.sum(1) < 1).all()
+
+
+def test_parts_of_blocks() -> None:
+    assert [part_of(size) for size in (8, 16, 32, 48, 64, 100, 128)] == [8, 16, 16, 24, 16, 25, 32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -112,7 +158,7 @@ def test_a_stack_puts_out_what_each_layers_predictor_does(branch: str) -> None:
 @pytest.mark.parametrize("branch", KINDS)
 def test_layers_train_side_by_side_as_each_does_alone(branch: str) -> None:
     """Clipping, prunings and the optimizer of one layer know nothing of another."""
-    config = PredictorConfig(steps=12, prune_every=4, prune_above=0.5, learning_rate=1e-2)
+    config = PredictorConfig(steps=12, prune_every=4, neurons=0.6, learning_rate=1e-2)
     generator = torch.Generator().manual_seed(0)
     seen = [together(examples(branch, 3, generator)) for _ in range(4)]
     torch.manual_seed(0)
@@ -133,10 +179,26 @@ def test_layers_train_side_by_side_as_each_does_alone(branch: str) -> None:
     assert (9, 8, 6) not in widths
 
 
+def test_blocks_begin_anywhere() -> None:
+    """Steps see documents from any of their parts on; a block of the parts' size would leave no choice."""
+    torch.manual_seed(0)
+    training = PredictorTraining([AttentionPredictor(D, (6, 5, 4))], 64, PredictorConfig(steps=40))
+    starts = set()
+    forward = training.stack.forward
+
+    def watched(x: Tensor, blocks: Blocks, *args: Any) -> Any:
+        starts.add((blocks.start, x.shape[1]))
+        return forward(x, blocks, *args)
+
+    training.stack.forward = watched  # type: ignore[method-assign]
+    training.see(Example(torch.randn(1, 300, D), torch.rand(1, 19, 19).tril()), 40)
+    assert starts == {(0.0, 300), (0.25, 284), (0.5, 268), (0.75, 252)}
+
+
 def test_old_documents_are_forgotten_when_memory_is_full() -> None:
     (example,) = examples("mlp", 1, torch.Generator().manual_seed(0))
     example = together([example])
-    size = 4 * (example.x.numel() + 2 * example.exact.numel() + 20)
+    size = 4 * (example.x.numel() + example.exact.numel())
     torch.manual_seed(0)
     training = PredictorTraining(
         [ActivityPredictor(D, (6, 5, 4))], SIZE, PredictorConfig(steps=9, memory_gib=2.5 * size / GIB)
@@ -221,7 +283,7 @@ def together(of_layers: list[Example]) -> Example:
 def test_training_finds_the_blocks_that_count(branch: str) -> None:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    config = PredictorConfig(steps=300, prune_above=0.95)
+    config = PredictorConfig(steps=300, neurons=0.9)
     training = PredictorTraining([KINDS[branch](D, (16, 16, 8))], SIZE, config)
     judged = examples(branch, 6, generator)
 

@@ -15,6 +15,7 @@ from lemo.models.bypasses import add_to_fit
 from lemo.models.calibration import BRANCHES, Key
 from lemo.models.watching import BranchCall, watch
 from lemo.selection.predictor import KINDS, Predictor
+from lemo.selection.predictor_blocks import part_of
 from lemo.selection.predictor_training import Example, PredictorTraining
 from lemo.selection.scores import block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
@@ -54,6 +55,7 @@ def fit(
     """
     settings = config.predictor
     steps = -(-settings.steps // count)
+    mass = config.score == "mass"
     branches = BRANCHES if config.branches == "both" else (config.branches,)
     torch.manual_seed(config.seed)
     # By branch, one a layer.
@@ -65,7 +67,7 @@ def fit(
     def visit(call: BranchCall) -> None:
         if call.branch not in branches:
             return
-        seen[call.branch].append((call.x, exact_scores(call, config.block_size, config.score == "mass")))
+        seen[call.branch].append((call.x, exact_scores(call, part_of(config.block_size), mass)))
         if config.bypass_rank:
             add_to_fit(fits, call, torch.ones(call.x.shape[0], dtype=torch.bool, device=call.x.device))
 
@@ -78,7 +80,7 @@ def fit(
                     L, _, D = example.x.shape
                     begun = [KINDS[branch](D, settings.widths).to(example.x.device) for _ in range(L)]
                     first_size[branch] = begun[0].size
-                    trainings[branch] = PredictorTraining(begun, config.block_size, settings, config.seed)
+                    trainings[branch] = PredictorTraining(begun, config.block_size, settings, config.seed, mass)
                 trainings[branch].see(example, steps)
             seen.clear()
             told(number)

@@ -20,6 +20,7 @@ from lemo.errors import UserError
 from lemo.models.architectures import architecture_of
 from lemo.models.calibration import (
     BRANCHES,
+    FORMAT,
     BranchFacts,
     Key,
     bypasses_of,
@@ -50,6 +51,8 @@ def take_or_fit(
         return _reused(Path(config.reuse), model, identity, config, directory)
     if facts.is_file():
         values = json.loads(facts.read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise UserError(f"--resume: another version of lemo began {directory}; choose another --output")
         if values["data"] != identity:
             raise UserError(f"--resume: the data isn't what it was when {directory} was begun; choose another --output")
         return _read_fitted(values, load_file(tensors), device)
@@ -68,6 +71,7 @@ def take_or_fit(
     write_json(
         facts,
         {
+            "format": FORMAT,
             "data": identity,
             "widths": widths_of(fitted.predictors),
             "first_size": _named(fitted.first_size),

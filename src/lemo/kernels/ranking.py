@@ -45,11 +45,12 @@ def top_rows(score: Tensor, documents: Tensor, kept: Tensor, rows: int, size: in
     return out
 
 
-def later_products(outputs: Tensor, documents: Tensor, longest: int) -> Tensor:
-    """Each block's I(K) times the sum of I(Q) from it to its document's end, by the document's blocks, fp32 [blocks].
+def later_products(outputs: Tensor, reach: Tensor, documents: Tensor, longest: int) -> Tensor:
+    """Each block's I(K) times the sum of I(Q) over what it reaches from it on, by the document's blocks, fp32 [blocks].
 
     Args:
         outputs: fp32 [blocks, 2·m], I(Q) then I(K), any strides.
+        reach: int32 [m], blocks over which I(Q) is summed, the block's own included.
         documents: as above.
         longest: n of the longest document.
     """
@@ -57,7 +58,7 @@ def later_products(outputs: Tensor, documents: Tensor, longest: int) -> Tensor:
     BN = power_of_2(longest)
     m = outputs.shape[1] // 2
     launch(
-        _later_products, (len(documents),), outputs, documents, score, *outputs.stride(),
+        _later_products, (len(documents),), outputs, reach, documents, score, *outputs.stride(),
         M=m, BN=BN, BM=min(power_of_2(m), max(1, _TILE // BN)), num_warps=min(16, max(4, BN // 256)),
     )  # fmt: skip
     return score
@@ -96,7 +97,7 @@ def _top_rows(SCORE, DOCUMENTS, KEPT, ROWS, size, BN: tl.constexpr, BS: tl.const
 
 @triton.jit
 def _later_products(
-    OUTPUTS, DOCUMENTS, SCORE, stride, stride_m, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
+    OUTPUTS, REACH, DOCUMENTS, SCORE, stride, stride_m, M: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     document = tl.program_id(0)
     first = tl.load(DOCUMENTS + 4 * document)
@@ -109,6 +110,10 @@ def _later_products(
         j = start + tl.arange(0, BM)[None, :]
         there = (block >= 0)[:, None] & (j < M)
         query = tl.load(here + j * stride_m, mask=there, other=0.0)
+        # What a block no longer reaches is taken off before the sum: it and its place are never far apart.
+        reach = tl.minimum(tl.load(REACH + j, mask=j < M, other=1), n)
+        gone = block[:, None] + reach
+        query -= tl.load(here + reach * stride + j * stride_m, mask=there & (gone < n), other=0.0)
         key = tl.load(here + (j + M) * stride_m, mask=there, other=0.0)
         score += tl.sum(tl.cumsum(query, 0) * key, 1)
     tl.store(SCORE + first + block, score / n, mask=block >= 0)

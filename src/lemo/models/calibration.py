@@ -24,7 +24,7 @@ from lemo.config_io import CALIBRATION_FACTS
 from lemo.selection.predictor import KINDS, Predictor
 from lemo.sparse.bypass import Bypass
 
-FORMAT = 2
+FORMAT = 3
 FACTS_FILE = CALIBRATION_FACTS
 TENSORS_FILE = "calibration.safetensors"
 # Scores predicted and exact, for the report alone.

@@ -2,8 +2,9 @@
 
 Attention: a first matrix takes each token of the normalised input to a few numbers; their mean and maximum over the
 block, and where the block lies in its document, are the block's representative, and two more matrices with ReLU make
-of it I(Q) and I(K), whose products estimate the block-pair scores. Summed over query blocks as the exact scores are, a
-block's informativeness costs one product of sums: the pairs are never formed.
+of it I(Q) and I(K), whose products estimate the block-pair scores. Queries score the blocks just before them highest,
+which no product of two blocks' numbers tells, so parts of I(Q) and I(K) meet over a few blocks only. Summed over query
+blocks as the exact scores are, a block's informativeness costs one product of sums: the pairs are never formed.
 
 MLP: three matrices with ReLU estimate each token's activity, whose mean over the block is the block's.
 
@@ -29,7 +30,15 @@ from torch.nn import functional as F
 
 from lemo.kernels.dispatch import prediction_backend, ranking_backend
 from lemo.selection.layout import table_of_documents
-from lemo.selection.predictor_blocks import PLACES, Blocks, places_of_batch, side_by_side
+from lemo.selection.predictor_blocks import (
+    PLACES,
+    Blocks,
+    pairs_within_reach,
+    places_of_batch,
+    reaches,
+    side_by_side,
+    within_reach,
+)
 from lemo.selection.scores import causal_view, from_predecessor
 from lemo.types import NormWeights, SequenceLayout
 
@@ -269,17 +278,22 @@ class AttentionPredictor(Predictor):
     Args:
         width: D.
         widths: of both networks.
+
+    Attributes:
+        reach: over how many blocks each of their outputs meets, [m].
     """
 
     pooled = True
+    reach: Tensor
 
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__(("query", "key"), width, widths)
+        self.register_buffer("reach", reaches(widths[-1]))
 
     def pair_scores(self, x_ND: Tensor, blocks: Blocks) -> Tensor:
         """Estimated pair scores of one document, [n, n]; query block, key block, 0 above the diagonal."""
         query, key = self.outputs(x_ND, blocks).chunk(2, 1)
-        return (query @ key.T).tril()
+        return pairs_within_reach(query, key, self.reach.tolist())
 
     def scores_by_kernel(self, outputs: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
         longest = max(layout.blocks_per_document)
@@ -287,14 +301,13 @@ class AttentionPredictor(Predictor):
             return super().scores_by_kernel(outputs, layout, causal)
         from lemo.kernels.ranking import later_products
 
-        return later_products(outputs, table_of_documents(layout), longest)
+        return later_products(outputs, self.reach, table_of_documents(layout), longest)
 
     def _scores(self, outputs: Tensor, counts: Tensor, causal: bool) -> Tensor:
         query, key = outputs.chunk(2, 0)
         if not causal:
-            later = query.flip(2).cumsum(2).flip(2)
-            return torch.linalg.vecdot(later, key, dim=0) / counts
-        return causal_view(torch.linalg.vecdot(query, key.cumsum(2), dim=0))
+            return torch.linalg.vecdot(within_reach(query, self.reach, later=True), key, dim=0) / counts
+        return causal_view(torch.linalg.vecdot(query, within_reach(key, self.reach, later=False), dim=0))
 
 
 class ActivityPredictor(Predictor):

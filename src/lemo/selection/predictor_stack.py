@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lemo.selection.predictor import AttentionPredictor, Predictor
-from lemo.selection.predictor_blocks import PLACES, Blocks
+from lemo.selection.predictor_blocks import PLACES, Blocks, pairs_within_reach
+
+# Share of the numbers that a training step leaves out.
+_DROPPED = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class PredictorStack(nn.Module):
         first, second, third: the matrices, [L, S, r, D], [L, S, m, ·] and [L, S, o, m].
         awake: bool [L, S, r], [L, S, m] and [L, S, o]: neurons that are still there.
         center, spread, scale: [L, D], [L, D] and [L], as `Predictor` says.
+        reach: of each of a pair's outputs, as `AttentionPredictor` says.
     """
 
     def __init__(self, predictors: Sequence[Predictor]) -> None:
@@ -55,6 +59,7 @@ class PredictorStack(nn.Module):
             of_layers = [[n.matrices[index] for n in p.by_name.values()] for p in predictors]
             return nn.Parameter(torch.stack([torch.stack(of_layer) for of_layer in of_layers]).detach())
 
+        self.reach = predictors[0].reach.tolist() if isinstance(predictors[0], AttentionPredictor) else []
         self.first, self.second, self.third = (stacked(index) for index in range(3))
         self.awake = tuple(torch.ones_like(matrix[..., 0], dtype=torch.bool) for matrix in self.matrices)
         self.center, self.spread, self.scale = (
@@ -74,12 +79,14 @@ class PredictorStack(nn.Module):
             self.center[layer], self.spread[layer] = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
         self.scale.copy_(mean_score(exact).clamp(min=torch.finfo(torch.float32).tiny))
 
-    def forward(self, x_LND: Tensor, blocks: Blocks) -> Active:
+    def forward(self, x_LND: Tensor, blocks: Blocks, dropping: torch.Generator | None = None) -> Active:
         """What the neurons put out for a document's normalised inputs.
 
         Args:
             x_LND: of each layer.
             blocks: where its blocks lie.
+            dropping: leaves some of what W2 and W3 read out, the same for all layers: for training with pooling. What
+                is put out of `middle` is whole.
         """
         L, S, r, D = self.first.shape
         dtype = x_LND.dtype
@@ -90,16 +97,18 @@ class PredictorStack(nn.Module):
         if self.pooled:
             mean, largest = (x.unflatten(-1, (S, r)) for x in blocks.pool(low))
             places = blocks.places(mean.device, mean.dtype)[None, :, None].expand(L, -1, S, PLACES)
-            seen = torch.cat([mean, largest, places], -1).transpose(1, 2)
+            pooled = _drop(torch.cat([mean, largest], -1), dropping)
+            seen = torch.cat([pooled, places], -1).transpose(1, 2)
         else:
             seen = low.unflatten(-1, (S, r)).transpose(1, 2)
         middle = torch.relu(seen @ self.second.mT.to(seen.dtype))
-        return Active(low.unflatten(-1, (S, r)), middle, torch.relu(middle @ self.third.mT.to(seen.dtype)))
+        top = torch.relu(_drop(middle, dropping) @ self.third.mT.to(seen.dtype))
+        return Active(low.unflatten(-1, (S, r)), middle, top)
 
     def estimates(self, active: Active) -> Tensor:
         """What is trained, in units of `scale`, fp32 or wider: pair scores [L, n, n], or tokens' activities [L, N]."""
         top = active.top.to(torch.promote_types(active.top.dtype, torch.float32))
-        return (top[:, 0] @ top[:, 1].mT).tril() if self.pairs else top[:, 0, :, 0]
+        return pairs_within_reach(top[:, 0], top[:, 1], self.reach) if self.pairs else top[:, 0, :, 0]
 
     def inputs_awake(self) -> tuple[Tensor, Tensor]:
         """Which numbers W2 and W3 still read, bool [L, S, ·] each."""
@@ -117,11 +126,22 @@ class PredictorStack(nn.Module):
             predictor.forget()
             for name in ("center", "spread", "scale"):
                 getattr(predictor, name).copy_(getattr(self, name)[layer])
+            if isinstance(predictor, AttentionPredictor):
+                reach = torch.tensor(self.reach, dtype=torch.int32, device=self.center.device)
+                predictor.reach = reach[self.awake[2][layer, 0]]
             for s, network in enumerate(predictor.by_name.values()):
                 for index, (matrix, rows, read) in enumerate(zip(self.matrices, self.awake, columns, strict=True)):
                     cut = matrix[layer, s][rows[layer, s]]
                     network.matrices[index].data = cut if read is None else cut[:, read[layer, s]]
         return list(self.predictors)
+
+
+def _drop(numbers: Tensor, dropping: torch.Generator | None) -> Tensor:
+    """Some numbers set to zero and the others made up for it, each in all layers, the first dimension."""
+    if dropping is None:
+        return numbers
+    drawn = torch.rand(numbers.shape[1:], generator=dropping, device=numbers.device)
+    return numbers * ((drawn >= _DROPPED) / (1 - _DROPPED)).to(numbers.dtype)
 
 
 def mean_score(exact: Tensor) -> Tensor:
