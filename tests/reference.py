@@ -109,14 +109,16 @@ def explicit_masks(
 ) -> list[Any]:
     """Hooks that hand every attention module our own mask in place of transformers' (OPT has none for packing).
 
-    `seen`: for each layer, bool [B, H, T, T] in the mask's place.
+    `seen`: for each layer, bool [B, H, T, T] in the mask's place, or what is added to scores, -inf for nothing.
     """
     eager = causal_lm(model).config._attn_implementation == "eager"
     dtype = next(model.parameters()).dtype
     handles = []
     for i, layer in enumerate(layers_of(model)):
         mask = seen[i] if seen else allowed_mask(batch, window_of(model, i), keys[i] if keys else None)
-        if eager:
+        if mask.dtype != torch.bool:
+            mask = mask.to(dtype).clamp(min=torch.finfo(dtype).min)
+        elif eager:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
         def replace(module: nn.Module, args: tuple, kwargs: dict, mask: Tensor = mask) -> tuple[tuple, dict]:
@@ -309,10 +311,17 @@ def record_layers(model: nn.Module, into: list[Tensor]) -> list[Any]:
 
 def all_listed(lists: Any) -> list[list[list[int]]]:
     """First rows of each key head's and query block's key blocks, of a lemo.kernels.block_lists.BlockLists."""
-    grid = lists.grid
-    slots = torch.arange(int(grid.count.max()), device=grid.device)
-    query = torch.arange(len(grid.count), device=grid.device)[:, None]
-    return [
-        [rows[:count] for rows, count in zip(head, grid.count.tolist(), strict=True)]
-        for head in lists.listed(query, slots).tolist()
-    ]
+    return _by_list(lists, lists.listed)
+
+
+def all_boosts(lists: Any) -> list[list[list[float]]] | None:
+    """Logarithms of their weights to base 2; None where all are 1."""
+    return None if lists.boost is None else _by_list(lists, lists.boosts)
+
+
+def _by_list(lists: Any, values: Callable[[Tensor, Tensor], Tensor]) -> list[list[list[Any]]]:
+    counts = lists.grid.count.tolist()
+    slots = torch.arange(max(counts), device=lists.grid.device)
+    query = torch.arange(len(counts), device=lists.grid.device)[:, None]
+    found = values(query, slots).tolist()
+    return [[row[:count] for row, count in zip(head, counts, strict=True)] for head in found]

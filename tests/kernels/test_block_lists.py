@@ -14,7 +14,7 @@ from lemo.kernels import block_lists
 from lemo.kernels.block_lists import BlockLists, KeyLists
 from lemo.selection.attend import build_grid, choose_blocks
 from lemo.selection.layout import build_layout
-from reference import all_listed
+from reference import all_boosts, all_listed
 
 DEVICE = torch.device(os.environ.get("LEMO_TEST_DEVICE", "cpu"))
 ROWS = {
@@ -30,8 +30,14 @@ def lists_of(settings: dict[str, Any]) -> BlockLists:
     layout = build_layout(1, 232, 4, DEVICE, None, positions)
     labelled = torch.arange(232) == 140
     grid = build_grid(layout, Attend(block=4, **settings), 2, None, labelled)
-    nothing = torch.empty(2, 232, 8, device=DEVICE)
-    return choose_blocks(grid, nothing, nothing, 1.0, lambda: 7)
+    some = torch.randn(2, 232, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return choose_blocks(grid, some, some, 1.0, lambda: 7)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 4 keys aren't the kernel's."""
+    monkeypatch.setenv("LEMO_KERNELS", "torch")
 
 
 LISTS: dict[str, dict[str, Any]] = {
@@ -42,17 +48,22 @@ LISTS: dict[str, dict[str, Any]] = {
 }
 
 
-def by_loops(lists: BlockLists) -> list[list[list[int]]]:
-    """By key head and key block: query blocks that see it."""
+def by_loops(lists: BlockLists) -> list[list[list[tuple[int, float]]]]:
+    """By key head and key block: query blocks that see it, and the logarithm of its weight for each."""
     grid = lists.grid
-    found: list[list[list[int]]] = [[[] for _ in grid.key_first] for _ in grid.start]
+    found: list[list[list[tuple[int, float]]]] = [[[] for _ in grid.key_first] for _ in grid.start]
     place = {int(first): j for j, first in enumerate(grid.key_first)}
-    for seen, head in zip(found, all_listed(lists), strict=True):
-        for i, listed in enumerate(head):
-            for slot, first in enumerate(listed):
-                drawn = grid.weight is not None and grid.certain[i] <= slot < grid.chosen[i]
-                seen[place[first]].append(~i if drawn else i)
+    listed = all_listed(lists)
+    boosts = all_boosts(lists) or [[[0.0] * len(rows) for rows in head] for head in listed]
+    for seen, rows, weights in zip(found, listed, boosts, strict=True):
+        for i, both in enumerate(zip(rows, weights, strict=True)):
+            for first, boost in zip(*both, strict=True):
+                seen[place[first]].append((i, boost))
     return found
+
+
+def numbers(found: list[list[list[tuple[int, float]]]]) -> list[list[list[int]]]:
+    return [[[i for i, _ in seen] for seen in head] for head in found]
 
 
 def taken_apart(turned: KeyLists) -> list[list[list[int]]]:
@@ -65,7 +76,12 @@ def taken_apart(turned: KeyLists) -> list[list[list[int]]]:
 def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_lists, "_AT_ONCE", at_once)
     lists = lists_of(LISTS[which])
-    turned, wanted = lists.turned, by_loops(lists)
+    turned, weighted = lists.turned, by_loops(lists)
+    wanted = numbers(weighted)
+    assert (turned.boost is not None) == (which == "sampled")
+    if turned.boost is not None:
+        assert turned.boost.tolist() == [boost for head in weighted for seen in head for _, boost in seen]
+        assert any(turned.boost.tolist())
     assert len(wanted) == (2 if which in ("random", "sampled") else 1)
     assert taken_apart(turned) == wanted
     assert turned.seers.dtype == torch.int32
@@ -74,15 +90,6 @@ def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeyp
         assert sorted(order) == list(range(len(seen)))
         assert lengths == sorted(lengths, reverse=True)
     assert all(seen[j][0] == i for seen in wanted for j, i in enumerate(lists.grid.query_of_key))
-
-
-def tiles_of(seers: list[int], block: list[int]) -> list[int]:
-    """Tiles in these query blocks, complements for complements."""
-    found = []
-    for i in seers:
-        mine = [t for t, b in enumerate(block) if b == max(i, ~i)]
-        found += mine if i >= 0 else [~t for t in mine]
-    return found
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -99,8 +106,13 @@ def test_tiles_that_see_a_key_block_are_those_of_loops(which: str, most: int, ro
     for i, mine in zip(block, cut, strict=True):
         assert grid.query_first[i] <= mine[0] <= mine[-1] < grid.query_end[i]
     spread = lists.spread(tiles)
-    wanted = [[tiles_of(seen, block) for seen in head] for head in by_loops(lists)]
-    assert taken_apart(spread) == wanted
+    weighted = [
+        [[(t, boost) for i, boost in seen for t, b in enumerate(block) if b == i] for seen in head]
+        for head in by_loops(lists)
+    ]
+    assert taken_apart(spread) == numbers(weighted)
+    if spread.boost is not None:
+        assert spread.boost.tolist() == [boost for head in weighted for seen in head for _, boost in seen]
     own = [sum(b == i for b in block) for i in grid.query_of_key]
     assert spread.own.tolist() == own
 

@@ -76,8 +76,8 @@ def lists_of(batch: str, choice: dict[str, Any], heads: int, window: int | None,
     given = {key: x.to(DEVICE) if torch.is_tensor(x) else x for key, x in BATCHES[batch].items()}
     layout = build_layout(block_size=16, device=torch.device(DEVICE), **given)
     attend = build_grid(layout, Attend(**choice, block=block), heads, window)
-    empty = torch.empty(heads, layout.rows, 8, device=DEVICE)
-    return layout, choose_blocks(attend, empty, empty, 1.0, lambda: 5)
+    some = torch.randn(heads, layout.rows, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return layout, choose_blocks(attend, some, some, 1.0, lambda: 5)
 
 
 def check(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models import get_runtime
-from reference import all_listed, explicit_masks, hooks
+from reference import all_boosts, all_listed, explicit_masks, hooks
 from tiny import Batch, causal_lm, layers_of, window_of
 
 Score = Callable[[int, int, int], float]
@@ -102,8 +102,9 @@ def rules(model: nn.Module, batch: Batch, layer: int, settings: Any) -> list[Rul
 
 def reported(
     sparse: nn.Module, batch: Batch, layer: int, kept: list[list[int]] | None = None
-) -> list[list[list[set[int]]]]:
-    """By document, key head and query block: key blocks that lemo says the last pass saw, counted in the document.
+) -> list[list[list[dict[int, float]]]]:
+    """By document, key head and query block: key blocks that lemo says the last pass saw, counted in the document, and
+    what it added to their scores.
 
     `kept`: each document's kept rows, where rows of lists count these alone.
     """
@@ -112,8 +113,8 @@ def reported(
     lists = runtime.last_lists[layer]
     grid, size = lists.grid, lists.grid.key_block
     K = heads_of(sparse)[1]
-    listed = all_listed(lists)
-    found: list[list[list[set[int]]]] = []
+    listed, boosts = all_listed(lists), all_boosts(lists)
+    found: list[list[list[dict[int, float]]]] = []
     documents = batch.documents
     if kept is not None:
         starts = [sum(map(len, kept[:i])) for i in range(len(kept))]
@@ -122,31 +123,43 @@ def reported(
         found.append([])
         mine = [i for i, first in enumerate(grid.query_first.tolist()) if document[0] <= first <= document[-1]]
         for k in range(K):
-            rows = [listed[min(k, len(listed) - 1)][i] for i in mine]
+            head = min(k, len(listed) - 1)
+            rows = [listed[head][i] for i in mine]
             assert all(list_ == sorted(set(list_)) for list_ in rows), "lists ascend"
-            found[-1].append([{(row - document[0]) // size for row in list_} for list_ in rows])
+            added = [[0.0] * len(list_) for list_ in rows] if boosts is None else [boosts[head][i] for i in mine]
+            found[-1].append(
+                [
+                    {(row - document[0]) // size: boost * math.log(2) for row, boost in zip(*both, strict=True)}
+                    for both in zip(rows, added, strict=True)
+                ]
+            )
     return found
 
 
 def seen_masks(dense: nn.Module, sparse: nn.Module, batch: Batch, settings: Any) -> list[Tensor]:
-    """Bool [B, H, T, T] for each layer: what the lists of the last pass let queries see."""
+    """For each layer what the lists of the last pass add to scores, [B, H, T, T], -inf where queries don't see."""
     B, T = batch.input_ids.shape
     H, K = heads_of(dense)
     masks = []
     for layer in range(len(layers_of(dense))):
-        mask = torch.zeros(B, H, T, T, dtype=torch.bool)
+        mask = torch.full((B, H, T, T), -math.inf)
         window, lists = window_of(dense, layer), reported(sparse, batch, layer)
         for document, by_head in zip(batch.documents, lists, strict=True):
             b, first = document[0] // T, document[0] % T
             for h in range(H):
                 for t in range(len(document)):
-                    for j in by_head[h * K // H][t // (2 * settings.block)]:
+                    for j, added in by_head[h * K // H][t // (2 * settings.block)].items():
                         for s in range(j * settings.block, min((j + 1) * settings.block, t + 1)):
                             if window is None or t - s < window:
-                                mask[b, h, first + t, first + s] = True
-        mask |= torch.diag_embed(~mask.any(-1))
-        masks.append(mask.to(batch.input_ids.device))
+                                mask[b, h, first + t, first + s] = added
+        masks.append(_without_blind_rows(mask).to(batch.input_ids.device))
     return masks
+
+
+def _without_blind_rows(mask: Tensor) -> Tensor:
+    """Rows that see nothing see themselves."""
+    blind = torch.diag_embed((mask == -math.inf).all(-1))
+    return mask.masked_fill(blind, 0.0)
 
 
 def seen_among_kept(
@@ -157,18 +170,17 @@ def seen_among_kept(
     H, K = heads_of(dense)
     masks = []
     for layer in range(len(layers_of(dense))):
-        mask = torch.zeros(B, H, T, T, dtype=torch.bool)
+        mask = torch.full((B, H, T, T), -math.inf)
         kept = [[row for row in document if row in plans[layer, "attention"]] for document in batch.documents]
         window, lists = window_of(dense, layer), reported(sparse, batch, layer, kept)
         for rows, by_head in zip(kept, lists, strict=True):
             for h in range(H):
                 for n, row in enumerate(rows):
-                    for j in by_head[h * K // H][n // (2 * settings.block)]:
+                    for j, added in by_head[h * K // H][n // (2 * settings.block)].items():
                         for other in rows[j * settings.block : min((j + 1) * settings.block, n + 1)]:
                             if window is None or row - other < window:
-                                mask[row // T, h, row % T, other % T] = True
-        mask |= torch.diag_embed(~mask.any(-1))
-        masks.append(mask.to(batch.input_ids.device))
+                                mask[row // T, h, row % T, other % T] = added
+        masks.append(_without_blind_rows(mask).to(batch.input_ids.device))
     return masks
 
 

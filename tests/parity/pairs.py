@@ -19,6 +19,7 @@ ATTEND: dict[str, dict[str, Any]] = {
     "pooled": {"density": 0.75, "choice": "pooled", "window": 2},
     "half": {"density": 0.6, "choice": "pooled"},
     "random": {"density": 0.75, "choice": "random", "window": 3},
+    "sampled": {"density": 0.75, "choice": "sampled", "window": 3},
     "none": {"density": 0.6, "choice": "none"},
     "window": {"density": None, "choice": "none", "window": 4},
     "labelled": {"density": 0.3, "choice": "pooled", "labelled": "dense"},
