@@ -72,10 +72,9 @@ class Attend(Frozen):
             number per layer. None: `window` and the first block alone.
         window: tokens before its query block that a query sees in any case. Default: half of the blocks that
             `density` allows; with `choice: none` all of them but the first are the window.
-        choice: of distant blocks, in each layer. `none` (default, the best where it was measured: docs/quality.md): the
-            nearest ones, which makes the window wider. `pooled`: by the mean of a block's queries and that of a block's
-            keys, for each key head. `random`: drawn anew for each layer and step (a baseline). `sampled`: drawn, each
-            with the weight of those it stands for, which makes attention an estimate of the dense one.
+        choice: of distant blocks, in each layer. `none` (default): the nearest, a wider window. `sampled`: drawn by the
+            mass that a few queries give them, each with the weight of those it stands for: an estimate of dense
+            attention. Which is for which data: docs/quality.md. `pooled`, `random`: without weights (baselines).
         labelled: `sparse`: all query blocks alike. `dense`: those with a token that enters the loss see everything, for
             data with few labels.
         block: tokens per key block; on a GPU 16, 32, 64 or 128.

@@ -20,8 +20,6 @@ from lemo.sparse import attend as sparse_attend
 from reference import assert_same_gradients, backward_reference, gradients, segment_loss
 from tiny import CASES, FAMILIES, Batch, layers_of, make_batch
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
-
 ATTEND_CASES = [(f, n, w) for f, n in CASES for w in ATTEND if w == "pooled" or f in ("llama", "mistral", "opt-350m")]
 
 

@@ -17,8 +17,6 @@ from lemo.models import get_runtime, surgery
 from reference import assert_same_gradients, gradients
 from tiny import build, make_batch
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
-
 
 @pytest.mark.parametrize("mode", ["dense", "backward", "forward"])
 def test_a_step_leaves_other_attention_alone(mode: str, device: torch.device) -> None:

@@ -55,7 +55,7 @@ def test_kept_queries_work_is_what_their_lists_hold(kept: list[int] | None) -> N
         keep = torch.zeros(20, dtype=torch.bool)
         keep[kept] = True
     plans = {} if kept is None else {(0, "attention"): plan_from_blocks(keep, layout)}
-    seen = lists.seen(torch.arange(20), 0, 20)[0]
+    seen = lists.bias(torch.arange(20), 0, 20)[0] > float("-inf")
     share = float(seen[keep].sum()) / 210
     assert attended_work(plans, {0: grid}, 20) == pytest.approx(share)
     assert kept is not None or grid.density == pytest.approx(share)
@@ -69,7 +69,7 @@ def test_kept_tokens_work_is_what_their_lists_hold_among_themselves() -> None:
     plan = plan_from_blocks(keep, layout)
     grid = build_grid_of_kept(layout, plan, Attend(block=2, density=0.5), 1, None)
     nothing = torch.zeros(1, 16, 4)
-    seen = choose_blocks(grid, nothing, nothing, 1.0).seen(torch.arange(16), 0, 16)
+    seen = choose_blocks(grid, nothing, nothing, 1.0).bias(torch.arange(16), 0, 16) > float("-inf")
     assert seen.sum() < 136, "nothing was left out"
     share = float(seen.sum()) / 300
     assert attended_work({(0, "attention"): plan}, {0: grid}, 24) == pytest.approx(share)

@@ -1,9 +1,11 @@
-"""How much some queries' scores say of each key block: the logarithm of the sum of their exponentials, in Triton.
+"""The softmax mass that a few queries of each query block give to each key block, in Triton.
 
-A program takes a tile of queries of one head and goes through the keys once. Block after block it stores one number a
-query, never the scores.
+One kernel takes a tile of these queries of one head, goes through the keys once, and stores for each key block the
+logarithm of its mass but for the row's denominator, which it knows at the end; scores never exist. A second one reads
+that once, divides, and takes means over the queries of a block and the heads of a group.
 
-N queries, T keys of one document, H query heads, K key heads (H a multiple of K), d head size.
+n query blocks, each with R queries that are looked at (N = n·R), T keys of one document in nk key blocks, H query
+heads, K key heads, G = H/K, d head size.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,51 +19,95 @@ from torch import Tensor
 from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
 QUERIES = 64
+# Key blocks of a program of the second kernel.
+BLOCKS = 64
 
 
-def block_log_masses(q_HNd: Tensor, k_KTd: Tensor, rows_N: Tensor, scale: float, key_block: int) -> Tensor:
-    """Logarithms to base 2 of each key block's softmax mass but for the row's denominator, fp32 [H, blocks, N]; -inf
-    where a query sees nothing of a block.
+def block_masses(
+    q_HNd: Tensor, k_KTd: Tensor, lowest_N: Tensor, rows_N: Tensor, scale: float, key_block: int, looked: int
+) -> Tensor:
+    """Mean softmax mass of each key block for each query block, fp32 [K, n, nk].
 
     Args:
         q_HNd, k_KTd: positioned queries and keys of one dtype, any strides; d at most 512 bytes.
-        rows_N: which row of the document each query is, int64.
+        lowest_N, rows_N: the first and the last key that each query sees, int64, of which it sees all.
         scale: factor on q·k.
         key_block: a power of two from 16 to 128.
+        looked: R, a power of two of at most 64.
     """
     H, N, d = q_HNd.shape
     K, T, _ = k_KTd.shape
-    found = torch.full((H, tiles_of(T, key_block), N), float("-inf"), device=q_HNd.device, dtype=torch.float32)
+    nk, n = tiles_of(T, key_block), N // looked
+    log = torch.empty(H, n, nk, looked, device=q_HNd.device, dtype=torch.float32)
+    lse = torch.empty(H, N, device=q_HNd.device, dtype=torch.float32)
+    mass = torch.empty(K, n, nk, device=q_HNd.device, dtype=torch.float32)
     if N:
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
             _log_masses[(tiles_of(N, QUERIES), H)](
-                q_HNd, k_KTd, rows_N, found, scale * LOG2_E, N, T,
-                *q_HNd.stride(), *k_KTd.stride(), *found.stride()[:2],
-                GROUP=H // K, D=d, BD=max(16, power_of_2(d)), BM=QUERIES, BN=key_block,
+                q_HNd, k_KTd, lowest_N, rows_N, log, lse, scale * LOG2_E, N, T, nk,
+                *q_HNd.stride(), *k_KTd.stride(),
+                GROUP=H // K, LOOKED=looked, D=d, BD=max(16, power_of_2(d)), BM=QUERIES, BN=key_block,
                 PRECISION="ieee" if q_HNd.dtype == torch.float32 else "tf32",
                 num_warps=4, num_stages=2,
             )  # fmt: skip
-    return found
+            _mean_masses[(tiles_of(nk, BLOCKS), n, K)](
+                log, lse, lowest_N, rows_N, mass, N, nk,
+                GROUP=H // K, LOOKED=looked, BN=key_block, BLOCKS=BLOCKS, num_warps=4,
+            )  # fmt: skip
+    return mass
 
 
 @triton.jit
 def _log_masses(
-    Q, KEYS, ROWS, OUT, scale_log2, N, T,
-    sqh, sqn, sqd, skh, skm, skd, soh, soj,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    Q, KEYS, LOWEST, ROWS, LOG, LSE, scale_log2, N, T, nk,
+    sqh, sqn, sqd, skh, skm, skd,
+    GROUP: tl.constexpr, LOOKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n, head = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
+    # The last queries see most: they go first.
+    n = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
+    head = tl.program_id(1).to(tl.int64)
     row = tl.load(ROWS + n, mask=n < N, other=-1).to(tl.int32)
+    lowest = tl.load(LOWEST + n, mask=n < N, other=T).to(tl.int32)
     q = load_tile(Q + head * sqh, n, N, sqn, sqd, D, BD)
     Kh = KEYS + head // GROUP * skh
-    for block in range(tl.max(row) // BN + 1):
+    where = LOG + (head * N + n // LOOKED * LOOKED) * nk + n % LOOKED
+    largest = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for block in range(tl.min(lowest) // BN, tl.max(row) // BN + 1):
         keys = block * BN + tl.arange(0, BN)
         k = load_tile(Kh, keys, T, skm, skd, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        s = tl.where(keys[None, :] <= row[:, None], s, float("-inf"))
+        s = tl.where((keys[None, :] <= row[:, None]) & (keys[None, :] >= lowest[:, None]), s, float("-inf"))
         most = tl.max(s, 1)
+        # A row may see nothing of a block.
         base = tl.where(most == float("-inf"), 0.0, most)
-        mass = base + tl.log2(tl.sum(tl.exp2(s - base[:, None]), 1))
-        tl.store(OUT + head * soh + tl.cast(block, tl.int64) * soj + n, mass, mask=n < N)
+        mass = tl.sum(tl.exp2(s - base[:, None]), 1)
+        tl.store(where + block * LOOKED, base + tl.log2(mass), mask=n < N)
+        now = tl.maximum(largest, most)
+        level = tl.where(now == float("-inf"), 0.0, now)
+        total = total * tl.exp2(largest - level) + mass * tl.exp2(most - level)
+        largest = now
+    tl.store(LSE + head * N + n, largest + tl.log2(total), mask=n < N)
+
+
+@triton.jit
+def _mean_masses(
+    LOG, LSE, LOWEST, ROWS, MASS, N, nk,
+    GROUP: tl.constexpr, LOOKED: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    i, kv = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    n = i * LOOKED + tl.arange(0, LOOKED)
+    # Of other blocks nothing may have been stored.
+    seen = (j[:, None] >= (tl.load(LOWEST + n) // BN)[None, :]) & (j[:, None] <= (tl.load(ROWS + n) // BN)[None, :])
+    sums = tl.zeros([BLOCKS, LOOKED], tl.float32)
+    for g in range(GROUP):
+        head = kv * GROUP + g
+        lse = tl.load(LSE + head * N + n)
+        where = LOG + (head * N + i * LOOKED) * nk + j[:, None] * LOOKED + tl.arange(0, LOOKED)[None, :]
+        log = tl.load(where, mask=seen, other=float("-inf"))
+        sums += tl.exp2(log - lse[None, :])
+    mean = tl.sum(sums, 1) / (GROUP * LOOKED)
+    tl.store(MASS + (kv * tl.num_programs(1) + i) * nk + j, mean, mask=j < nk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -44,20 +43,25 @@ def block_sparse_attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, bias_KNM
     return (weights_HNM @ v_HMd).transpose(0, 1)
 
 
-def block_log_masses(q_HNd: Tensor, k_KTd: Tensor, rows_N: Tensor, scale: float, key_block: int) -> Tensor:
-    """Logarithms to base 2 of the sums of exponentials of each query's scores in each key block, [H, blocks, N].
+def block_masses(
+    q_HNd: Tensor, k_KTd: Tensor, lowest_N: Tensor, rows_N: Tensor, scale: float, key_block: int, looked: int
+) -> Tensor:
+    """Mean softmax mass that `looked` queries, each time, and the heads of a group give to key blocks, [K, n, blocks].
 
     Args:
         q_HNd, k_KTd: H a multiple of K.
-        rows_N: the last key that each query sees.
+        lowest_N, rows_N: the first and the last key that each query sees.
         scale: factor on q·k.
         key_block: tokens a block; the last one may have fewer.
+        looked: queries of a query block.
     """
-    T = k_KTd.shape[1]
-    scores = q_HNd @ k_KTd.repeat_interleave(q_HNd.shape[0] // k_KTd.shape[0], 0).transpose(1, 2) * scale
-    scores = scores.masked_fill(torch.arange(T, device=q_HNd.device) > rows_N[:, None], float("-inf"))
-    parts = [part.logsumexp(-1) for part in scores.split(key_block, 2)]
-    return torch.stack(parts, 1) / math.log(2)
+    K, T, _ = k_KTd.shape
+    keys = torch.arange(T, device=q_HNd.device)
+    unseen = (keys > rows_N[:, None]) | (keys < lowest_N[:, None])
+    scores = q_HNd @ k_KTd.repeat_interleave(q_HNd.shape[0] // K, 0).transpose(1, 2) * scale
+    mass = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+    mass = torch.stack([part.sum(-1) for part in mass.split(key_block, 2)], -1)
+    return mass.unflatten(1, (-1, looked)).unflatten(0, (K, -1)).mean((1, 3))
 
 
 def block_pair_scores(

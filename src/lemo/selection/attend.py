@@ -34,7 +34,7 @@ from lemo.selection.attend_mass import LOOKED_AT, looked_mass, pool, pooled_mass
 from lemo.selection.sampling import draw_systematically, inclusion_probabilities
 from lemo.types import SequenceLayout, TokenPlan
 
-_SCORES_AT_ONCE = 2**25
+_SCORES_AT_ONCE = 2**26
 # Of a `sampled` choice, the share that is drawn evenly: an estimate of a block's mass may be far too low.
 _EVENLY = 0.1
 # Key blocks, int64 [K or 1, n, chosen], and logarithms of their weights to base 2, or None.
@@ -61,8 +61,8 @@ class Choosers:
     chosen: int
 
 
-# (choosers, query blocks [n], key blocks that they don't see [n, nk]) -> scores, [K, n, nk].
-Score = Callable[[Choosers, Tensor, Tensor], Tensor]
+# (choosers, query blocks [n], the first key block that each sees [n], nk) -> scores, [K, n, nk].
+Score = Callable[[Choosers, Tensor, Tensor, int], Tensor]
 # (scores, which are distant [n, nk], how many) -> the choice.
 Pick = Callable[[Tensor, Tensor, int], Chosen]
 
@@ -274,19 +274,19 @@ def choose_blocks(
     size = attend.attend.block
     pools: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def any_one(choosers: Choosers, block: Tensor, unseen: Tensor) -> Tensor:
-        return torch.rand(K, *unseen.shape, generator=generator, device=device)
+    def any_one(choosers: Choosers, block: Tensor, lowest: Tensor, blocks: int) -> Tensor:
+        return torch.rand(K, len(block), blocks, generator=generator, device=device)
 
-    def pooled(choosers: Choosers, block: Tensor, unseen: Tensor) -> Tensor:
+    def pooled(choosers: Choosers, block: Tensor, lowest: Tensor, blocks: int) -> Tensor:
         rows = slice(choosers.first, choosers.end)
         if choosers.first not in pools:
             pools.clear()
             pools[choosers.first] = pool(q_HNd[:, rows], QUERY_BLOCKS * size), pool(k_KMd[:, rows], size)
-        return pooled_mass(*pools[choosers.first], unseen, block, scale)
+        return pooled_mass(*pools[choosers.first], block, lowest, scale)
 
-    def looked(choosers: Choosers, block: Tensor, unseen: Tensor) -> Tensor:
+    def looked(choosers: Choosers, block: Tensor, lowest: Tensor, blocks: int) -> Tensor:
         rows = slice(choosers.first, choosers.end)
-        return looked_mass(q_HNd[:, rows], k_KMd[:, rows], unseen, block, scale, QUERY_BLOCKS * size, size)
+        return looked_mass(q_HNd[:, rows], k_KMd[:, rows], block, lowest, scale, QUERY_BLOCKS * size, size)
 
     ways: dict[str, tuple[Score, Pick, int]] = {
         "random": (any_one, _highest, K),
@@ -325,8 +325,7 @@ def _in_parts(attend: AttendGrid, at_once: int, score: Score, pick: Pick, choose
         part = slice(i, i + step)
         block, lowest = (on_device(x[part], torch.int64, keys.device) for x in (choosers.block, choosers.lowest))
         distant = (keys >= lowest[:, None]) & (keys < block[:, None] * QUERY_BLOCKS - choosers.nearest)
-        unseen = (keys < lowest[:, None]) | (keys >= (block[:, None] + 1) * QUERY_BLOCKS)
-        found.append(pick(score(choosers, block, unseen), distant, choosers.chosen))
+        found.append(pick(score(choosers, block, lowest, nk), distant, choosers.chosen))
     blocks = torch.cat([block for block, _ in found], 1)
     boosts = [boost for _, boost in found if boost is not None]
     return blocks, torch.cat(boosts, 1) if boosts else None

@@ -5,14 +5,17 @@ H query heads, K key heads, T tokens of the document, d head size; n query block
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lemo.config import QUERY_BLOCKS
 from lemo.kernels import reference
 from lemo.kernels.dispatch import block_sparse_backend
 
-# Queries of each block that are looked at: an eighth of a block's 128.
-LOOKED_AT = 16
+# Queries of each block that are looked at, a power of two.
+LOOKED_AT = 8
 
 
 def pool(x_HTd: Tensor, size: int) -> Tensor:
@@ -27,42 +30,42 @@ def pool(x_HTd: Tensor, size: int) -> Tensor:
     return rest if mean is None else torch.cat([mean, rest], 1)
 
 
-def pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, unseen: Tensor, block: Tensor, scale: float) -> Tensor:
+def pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, block: Tensor, lowest: Tensor, scale: float) -> Tensor:
     """By means of the blocks' queries and keys; mean over the heads of a group, [K, n, nk].
 
     Args:
         q_Hqd, k_Kkd: means of all query and key blocks.
-        unseen: key blocks that a query block doesn't see, bool [n, nk].
         block: which query blocks, int64 [n].
+        lowest: the first key block that each sees, int64 [n].
         scale: factor on q·k.
     """
+    keys = torch.arange(k_Kkd.shape[1], device=q_Hqd.device)
+    unseen = (keys < lowest[:, None]) | (keys >= (block[:, None] + 1) * QUERY_BLOCKS)
     logits = q_Hqd[:, block].unflatten(0, (k_Kkd.shape[0], -1)) @ k_Kkd[:, None].transpose(-1, -2) * scale
     return logits.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)
 
 
 def looked_mass(
-    q_HTd: Tensor, k_KTd: Tensor, unseen: Tensor, block: Tensor, scale: float, query_block: int, key_block: int
+    q_HTd: Tensor, k_KTd: Tensor, block: Tensor, lowest: Tensor, scale: float, query_block: int, key_block: int
 ) -> Tensor:
     """By all keys and a few queries of each block; mean over these and the heads of a group, [K, n, nk].
 
     Args:
         q_HTd, k_KTd: the document's queries and keys.
-        unseen, block, scale: as for `pooled_mass`.
+        block: which query blocks, int64 [n].
+        lowest: the first key block that each sees, int64 [n].
+        scale: factor on q·k.
         query_block, key_block: tokens of a block.
     """
-    count = min(LOOKED_AT, query_block)
-    step = query_block // count
-    inside = step // 2 + step * torch.arange(count, device=q_HTd.device)
+    looked = math.gcd(LOOKED_AT, query_block)
+    step = query_block // looked
+    inside = step // 2 + step * torch.arange(looked, device=q_HTd.device)
     # The last query block may be short.
     rows = (block[:, None] * query_block + inside).clamp(max=q_HTd.shape[1] - 1).flatten()
+    first = (lowest * key_block).repeat_interleave(looked, output_size=len(rows))
     q_HNd = q_HTd[:, rows]
     if block_sparse_backend(q_HNd, k_KTd, k_KTd, key_block) == "triton":
-        from lemo.kernels.masses import block_log_masses
+        from lemo.kernels.masses import block_masses
 
-        found = block_log_masses(q_HNd, k_KTd, rows, scale, key_block)
-    else:
-        found = reference.block_log_masses(q_HNd, k_KTd, rows, scale, key_block)
-    found = found.unflatten(-1, (-1, count)).masked_fill_(unseen.T[:, :, None], float("-inf"))
-    found = found.sub_(found.amax(1, keepdim=True)).exp2_()
-    found /= found.sum(1, keepdim=True)
-    return found.unflatten(0, (k_KTd.shape[0], -1)).mean((1, 4)).transpose(1, 2)
+        return block_masses(q_HNd, k_KTd, first, rows, scale, key_block, looked)
+    return reference.block_masses(q_HNd, k_KTd, first, rows, scale, key_block, looked)
