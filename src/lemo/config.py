@@ -75,14 +75,15 @@ class Attend(Frozen):
         choice: of distant blocks, in each layer. `none` (default): the nearest, a wider window. `sampled`: drawn by the
             mass that a few queries give them, each with the weight of those it stands for: an estimate of dense
             attention. Which is for which data: docs/quality.md. `pooled`, `random`: without weights (baselines).
-        labelled: `sparse`: all query blocks alike. `dense`: those with a token that enters the loss see everything, for
-            data with few labels.
+        look: `sampled`: share of the queries that are looked at, of each block a power of two, at most 64.
+        labelled: `dense`: query blocks with a token that enters the loss see everything, for data with few labels.
         block: tokens per key block; on a GPU 16, 32, 64 or 128.
     """
 
     density: Share | tuple[Share, ...] | None = 0.25
     window: int | None = Field(default=None, ge=1)
     choice: Literal["none", "pooled", "random", "sampled"] = "none"
+    look: Share = 0.125
     labelled: Literal["dense", "sparse"] = "sparse"
     block: int = Field(default=64, ge=1)
 
@@ -131,8 +132,7 @@ class SparsityConfig(Frozen):
             a layer's output and large in the weights (docs/decisions/0006).
         compensate: `energy`: estimate from the kept tokens what the branches would have passed back at those left out
             (docs/decisions/0007), instead of nothing.
-        kv_grad: `all`: gradients through keys and values reach every token. `kept`: only kept tokens.
-            Default: `all`, but `kept` for `segments`.
+        kv_grad: gradients through keys and values reach `all` tokens (default), or `kept` ones (that of `segments`).
         segments: the `segments` policy's numbers.
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,

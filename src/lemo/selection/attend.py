@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lemo.config import QUERY_BLOCKS, Attend
 from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
-from lemo.selection.attend_mass import LOOKED_AT, looked_mass, pool, pooled_mass
+from lemo.selection.attend_mass import looked_at, looked_mass, pool, pooled_mass
 from lemo.selection.sampling import draw_systematically, inclusion_probabilities
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -272,6 +272,7 @@ def choose_blocks(
     assert draw is not None or choice == "pooled", "a random choice needs a seed"
     generator = torch.Generator(device).manual_seed(0 if draw is None else draw())
     size = attend.attend.block
+    count = looked_at(attend.attend.look, QUERY_BLOCKS * size)
     pools: dict[int, tuple[Tensor, Tensor]] = {}
 
     def any_one(choosers: Choosers, block: Tensor, lowest: Tensor, blocks: int) -> Tensor:
@@ -286,12 +287,12 @@ def choose_blocks(
 
     def looked(choosers: Choosers, block: Tensor, lowest: Tensor, blocks: int) -> Tensor:
         rows = slice(choosers.first, choosers.end)
-        return looked_mass(q_HNd[:, rows], k_KMd[:, rows], block, lowest, scale, QUERY_BLOCKS * size, size)
+        return looked_mass(q_HNd[:, rows], k_KMd[:, rows], block, lowest, scale, QUERY_BLOCKS * size, size, count)
 
     ways: dict[str, tuple[Score, Pick, int]] = {
         "random": (any_one, _highest, K),
         "pooled": (pooled, _highest, q_HNd.shape[0]),
-        "sampled": (looked, functools.partial(_drawn, generator), q_HNd.shape[0] * LOOKED_AT),
+        "sampled": (looked, functools.partial(_drawn, generator), q_HNd.shape[0] * count),
     }
     score, pick, at_once = ways[choice]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

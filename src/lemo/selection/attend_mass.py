@@ -14,8 +14,11 @@ from lemo.config import QUERY_BLOCKS
 from lemo.kernels import reference
 from lemo.kernels.dispatch import block_sparse_backend
 
-# Queries of each block that are looked at, a power of two.
-LOOKED_AT = 8
+
+def looked_at(look: float, query_block: int) -> int:
+    """How many queries of a block a share of them is: a power of two that divides the block, at most 64."""
+    nearest = 2 ** max(0, round(math.log2(look * query_block)))
+    return math.gcd(min(64, nearest), query_block)
 
 
 def pool(x_HTd: Tensor, size: int) -> Tensor:
@@ -46,7 +49,14 @@ def pooled_mass(q_Hqd: Tensor, k_Kkd: Tensor, block: Tensor, lowest: Tensor, sca
 
 
 def looked_mass(
-    q_HTd: Tensor, k_KTd: Tensor, block: Tensor, lowest: Tensor, scale: float, query_block: int, key_block: int
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    block: Tensor,
+    lowest: Tensor,
+    scale: float,
+    query_block: int,
+    key_block: int,
+    looked: int,
 ) -> Tensor:
     """By all keys and a few queries of each block; mean over these and the heads of a group, [K, n, nk].
 
@@ -56,8 +66,8 @@ def looked_mass(
         lowest: the first key block that each sees, int64 [n].
         scale: factor on q·k.
         query_block, key_block: tokens of a block.
+        looked: queries of a block that are looked at.
     """
-    looked = math.gcd(LOOKED_AT, query_block)
     step = query_block // looked
     inside = step // 2 + step * torch.arange(looked, device=q_HTd.device)
     # The last query block may be short.
