@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import lemo
+from lemo import __version__
 from lemo.calibration.allocation import LEVELS, algorithm1, by_curves
 from lemo.calibration.config import CalibrationConfig, load_calibration
 from lemo.calibration.fitting import Fitted
@@ -263,7 +263,7 @@ def _facts(
     }
     return Facts(
         format=FORMAT,
-        lemo=version("lemo"),
+        lemo=__version__,
         model=config.model.name,
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=fingerprint_of(model),
