@@ -47,8 +47,8 @@ def choose_sparsity(sparsity: SparsityConfig, lengths: Sequence[int], labelled_t
     reason = f"mode {mode}: {found}"
     if mode == "dense":
         reason += (
-            "; with labels nearly everywhere nothing can be left out unseen (1 to 2 points of the gain for time on long "
-            "sequences: sparsity={mode: dense, attend: {density: 0.25, choice: sampled}}, docs/quality.md)"
+            "; with labels nearly everywhere nothing can be left out unseen (1 to 2 points of the gain for time on "
+            "long sequences: sparsity={mode: dense, attend: {density: 0.25, choice: sampled}}, docs/quality.md)"
         )
     elif typical >= LONG:
         reason += "; faster still at this length: sparsity={attend: {density: 0.25, labelled: dense}} (docs/quality.md)"

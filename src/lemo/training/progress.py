@@ -36,9 +36,10 @@ class StepDisplay:
 
     def show(self, record: dict[str, Any]) -> None:
         """A step's line of `metrics.jsonl`."""
+        density = "" if record["density"] is None else f"density {record['density']:.2f}  "
         figures = (
             f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  "
-            f"keep {record['keep_mean']:.2f}  peak {record['peak_gib']:.2f} GiB"
+            f"keep {record['keep_mean']:.2f}  {density}peak {record['peak_gib']:.2f} GiB"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], figures=figures)

@@ -73,9 +73,10 @@ class Summary:
         loss = ""
         if self.loss_before is not None and self.loss_after is not None:
             loss = f", held-out loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+        density = "" if self.density_mean is None else f", density {self.density_mean:.3f}"
         return (
             f"{self.mode}: {self.steps} steps, {self.tokens:,} tokens at {self.tokens_per_s:,.0f} tokens/s, "
-            f"keep {self.keep_mean:.3f}, peak {self.peak_gib:.2f} GiB{loss}"
+            f"keep {self.keep_mean:.3f}{density}, peak {self.peak_gib:.2f} GiB{loss}"
         )
 
 
