@@ -118,6 +118,7 @@ def test_density_of_what_queries_see(place: Path, tmp_path: Path, mode: str) -> 
     assert len(densities) == 6
     assert all(0.2 < density <= 0.3 for density in densities)
     assert summary.density_mean == pytest.approx(sum(densities) / 6)
+    assert f"keep {summary.keep_mean:.3f}, density {summary.density_mean:.3f}, peak" in summary.headline()
 
 
 def test_the_adapter_is_stock_peft_and_evaluates_to_the_summary(place: Path, tmp_path: Path) -> None:
