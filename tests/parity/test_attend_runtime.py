@@ -26,8 +26,9 @@ def test_a_step_leaves_other_attention_alone(mode: str, device: torch.device) ->
     assert sparse.config._attn_implementation == "eager"
 
 
-def test_draws_differ_by_layer_head_and_step_and_follow_the_state(device: torch.device) -> None:
-    _, sparse = pair("llama", device, config(mode="dense", attend=attends("random")))
+@pytest.mark.parametrize("which", ["random", "sampled"])
+def test_draws_differ_by_layer_head_and_step_and_follow_the_state(which: str, device: torch.device) -> None:
+    _, sparse = pair("llama", device, config(mode="dense", attend=attends(which)))
     batch = make_batch("plain", device)
 
     def lists() -> list[Any]:
