@@ -87,3 +87,20 @@ def test_likely_blocks_are_drawn_more_often(monkeypatch: pytest.MonkeyPatch) -> 
     assert float(torch.stack(hits).mean()) > 0.95
     assert float(torch.cat(boosts).mean()) < 0.1
     assert attend_lists(q, k, k, lists, None, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_where_all_masses_underflow_blocks_are_drawn_evenly(dtype: torch.dtype) -> None:
+    """Of a head that looks at the first block alone, distant blocks' masses are 0, and 0 / 0 would be the loss."""
+    q, k = (torch.zeros(2, 512, 8, dtype=dtype) for _ in range(2))
+    q[..., 0], k[..., 0], k[:, :8, 0] = 30.0, -30.0, 30.0
+    layout = build_layout(1, 512, 8, torch.device("cpu"))
+    grid = build_grid(layout, Attend(density=0.2, choice="sampled", block=8), 2, None)
+    lists = choose_blocks(grid, q, k, 8**-0.5, lambda: 0)
+    choosers = grid.choosers[0]
+    assert lists.boost is not None
+    others = torch.from_numpy(choosers.block * 2 - choosers.nearest - 1)
+    wanted = (others / (choosers.chosen - 1)).log2().expand(2, -1)
+    boost = lists.boost.view(2, -1, choosers.chosen)
+    torch.testing.assert_close(boost[..., 1:], wanted[..., None].float().expand_as(boost[..., 1:]))
+    assert attend_lists(q, k, k, lists, None, 8**-0.5).isfinite().all()

@@ -344,7 +344,9 @@ def _drawn(generator: torch.Generator, score: Tensor, distant: Tensor, count: in
     first = distant[:, 0].long()
     others = distant & (torch.arange(score.shape[-1], device=score.device) > 0)
     share = score.float().masked_fill(~others, 0.0)
-    share = (1 - _EVENLY) * share / share.sum(-1, keepdim=True) + _EVENLY * others / others.sum(-1, keepdim=True)
+    # All of it may underflow: the draw is even then.
+    whole = share.sum(-1, keepdim=True)
+    share = torch.where(whole > 0, (1 - _EVENLY) * share / whole, 0.0) + _EVENLY * others / others.sum(-1, keepdim=True)
     probability = inclusion_probabilities(share, (count - first).expand(score.shape[:-1]))
     shift = torch.rand(*score.shape[:-1], 1, generator=generator, device=score.device, dtype=torch.float64)
     # A row that sees the first block draws one fewer: its places start one later.
