@@ -222,10 +222,12 @@ def test_evaluation_and_the_dense_context_are_dense(family: str, mode: str, devi
     assert abs(step(sparse, batch)[0] - wanted[0]) > 1e-4
 
 
-@pytest.mark.parametrize("mode", ["dense", "backward"])
-def test_the_kernels_give_the_same(mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "choice"), [("dense", "random"), ("dense", "sampled"), ("backward", "sampled")])
+def test_the_kernels_give_the_same(
+    mode: Any, choice: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
-    settings = config(mode=mode, attend=Attend(density=0.4, choice="random", window=16, block=16))
+    settings = config(mode=mode, attend=Attend(density=0.4, choice=choice, window=16, block=16))
     batch = long_batch(device)
     results = []
     for backend in ("triton", "torch"):
@@ -234,6 +236,8 @@ def test_the_kernels_give_the_same(mode: str, device: torch.device, monkeypatch:
         torch.manual_seed(SEED)
         results.append(step(sparse, batch))
         assert runtime_of(sparse).collect().density < 0.5
+        lists = runtime_of(sparse).last_lists.values()
+        assert not any({"turned", "_spread"} & vars(one).keys() for one in lists), "they would pile up, layer by layer"
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
     assert_same_gradients(results[0][1], results[1][1])
 

@@ -13,7 +13,7 @@ from test_random import SEED, runtime_of
 
 import lemo
 from lemo.config import Attend, SparsityConfig
-from lemo.models import get_runtime, surgery
+from lemo.models import attend, get_runtime, surgery
 from reference import assert_same_gradients, gradients
 from tiny import build, make_batch
 
@@ -26,8 +26,9 @@ def test_a_step_leaves_other_attention_alone(mode: str, device: torch.device) ->
     assert sparse.config._attn_implementation == "eager"
 
 
-def test_draws_differ_by_layer_head_and_step_and_follow_the_state(device: torch.device) -> None:
-    _, sparse = pair("llama", device, config(mode="dense", attend=attends("random")))
+@pytest.mark.parametrize("which", ["random", "sampled"])
+def test_draws_differ_by_layer_head_and_step_and_follow_the_state(which: str, device: torch.device) -> None:
+    _, sparse = pair("llama", device, config(mode="dense", attend=attends(which)))
     batch = make_batch("plain", device)
 
     def lists() -> list[Any]:
@@ -42,6 +43,25 @@ def test_draws_differ_by_layer_head_and_step_and_follow_the_state(device: torch.
     assert second != first
     torch.set_rng_state(state)
     assert lists() == second
+
+
+@pytest.mark.parametrize("mode", ["dense", "backward", "forward"])
+def test_the_choice_sees_the_dtype_that_attention_computes_in(
+    mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotated queries are fp32 under autocast, of twice the bytes that the kernels may have."""
+    seen, real = set(), attend.choose_blocks
+
+    def watched(grid: Any, q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Any:
+        seen.update({q.dtype, k.dtype})
+        return real(grid, q, k, *rest)
+
+    monkeypatch.setattr(attend, "choose_blocks", watched)
+    rest = {"keep": 0.6} if mode == "forward" else {}
+    _, sparse = pair("llama", device, config(mode=mode, attend=attends("sampled"), **rest))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        sparse(**make_batch("plain", device).inputs())
+    assert seen == {torch.bfloat16}
 
 
 def test_what_cant_be_combined_is_an_error(device: torch.device) -> None:

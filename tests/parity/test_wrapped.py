@@ -23,8 +23,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "forward": {"mode": "forward", "keep": 0.5, "dense_share": 0.3},
     "attend": {"mode": "dense", "attend": attends("random"), "dense_share": 0.3},
     "attend labelled": {"mode": "dense", "attend": attends("labelled")},
-    "backward attend": {"fidelity": 0.6, "attend": attends("random")},
-    "forward attend": {"mode": "forward", "keep": 0.5, "attend": attends("random")},
+    "backward attend": {"fidelity": 0.6, "attend": attends("sampled")},
+    "forward attend": {"mode": "forward", "keep": 0.5, "attend": attends("sampled")},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lemo.config import PredictorConfig
 from lemo.models.calibration import widths_of
+from lemo.selection import predictor_training
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Predictor, predicted_scores
 from lemo.selection.predictor_blocks import Blocks, part_of, reaches, scores_of_blocks
@@ -177,6 +178,20 @@ def test_layers_train_side_by_side_as_each_does_alone(branch: str) -> None:
         for key, value in found.state_dict().items():
             torch.testing.assert_close(value, wanted.state_dict()[key], rtol=1e-3, atol=1e-5)
     assert (9, 8, 6) not in widths
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_no_neuron_goes_that_nobody_has_counted(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of frequencies that are all 0 the last neurons would be the idlest."""
+    counted = []
+    monkeypatch.setattr(
+        predictor_training, "prune", lambda _, counts, *__: (counted.append(counts.documents), counts.reset())
+    )
+    config = PredictorConfig(steps=20, prune_every=every)
+    training = PredictorTraining([KINDS["mlp"](D, (6, 5, 4))], SIZE, config)
+    training.see(Example(torch.randn(1, 40, D), torch.rand(1, 40)), steps=20)
+    assert len(counted) == 15 // every
+    assert min(counted) > 0
 
 
 def test_blocks_begin_anywhere() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -87,3 +89,38 @@ def test_likely_blocks_are_drawn_more_often(monkeypatch: pytest.MonkeyPatch) -> 
     assert float(torch.stack(hits).mean()) > 0.95
     assert float(torch.cat(boosts).mean()) < 0.1
     assert attend_lists(q, k, k, lists, None, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_where_all_masses_underflow_blocks_are_drawn_evenly(dtype: torch.dtype) -> None:
+    """Of a head that looks at the first block alone, distant blocks' masses are 0, and 0 / 0 would be the loss."""
+    q, k = (torch.zeros(2, 512, 8, dtype=dtype) for _ in range(2))
+    q[..., 0], k[..., 0], k[:, :8, 0] = 30.0, -30.0, 30.0
+    layout = build_layout(1, 512, 8, torch.device("cpu"))
+    grid = build_grid(layout, Attend(density=0.2, choice="sampled", block=8), 2, None)
+    lists = choose_blocks(grid, q, k, 8**-0.5, lambda: 0)
+    choosers = grid.choosers[0]
+    assert lists.boost is not None
+    others = torch.from_numpy(choosers.block * 2 - choosers.nearest - 1)
+    wanted = (others / (choosers.chosen - 1)).log2().expand(2, -1)
+    boost = lists.boost.view(2, -1, choosers.chosen)
+    torch.testing.assert_close(boost[..., 1:], wanted[..., None].float().expand_as(boost[..., 1:]))
+    assert attend_lists(q, k, k, lists, None, 8**-0.5).isfinite().all()
+
+
+def test_plain_torch_holds_no_more_scores_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It forms the scores of every key, the kernel those of every key block."""
+    most, held, real = 2**16, [], selection.looked_mass
+
+    def watched(q: torch.Tensor, k: torch.Tensor, block: torch.Tensor, *rest: Any) -> torch.Tensor:
+        held.append(q.shape[0] * len(block) * rest[-1] * k.shape[1])
+        return real(q, k, block, *rest)
+
+    monkeypatch.setattr(selection, "looked_mass", watched)
+    monkeypatch.setattr(selection, "_SCORES_AT_ONCE", most)
+    q, k = (torch.randn(h, 512, 8) for h in (4, 2))
+    layout = build_layout(1, 512, 16, torch.device("cpu"))
+    grid = build_grid(layout, Attend(density=0.3, choice="sampled", block=16), 2, None)
+    assert choose_blocks(grid, q, k, 8**-0.5, lambda: 0).entries.numel() == 2 * grid.grid.chosen.sum()
+    assert len(held) > 1
+    assert max(held) <= most

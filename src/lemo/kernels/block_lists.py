@@ -190,6 +190,13 @@ class BlockLists:
             made[None] = spread(self.turned, self.grid, tiles)
         return made[None]
 
+    def forget(self) -> None:
+        """Drops what a backward made of lists that one layer alone has: all layers' would pile up until the step's end,
+        as much as the lists themselves and the runs. Those that heads share are layers' too."""
+        if len(self.grid.start) > 1:
+            for name in ("turned", "_spread"):
+                self.__dict__.pop(name, None)
+
     def bias(self, rows: Tensor, first: int, end: int) -> Tensor:
         """What is added to scores of some queries and keys, fp32 [K or 1, N, end - first]: -inf where a query doesn't
         see a key, 0, or its weight's logarithm. Of quadratic size, for plain torch. A query of padding sees nothing.

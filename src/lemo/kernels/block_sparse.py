@@ -2,9 +2,8 @@
 
 A program takes a tile of queries of one block (`lemo.kernels.block_lists`) and goes through the block's chosen key
 blocks, the run before it, and itself; only keys inside the query block need a mask (where a sliding window cuts, all
-do). Gradients of keys
-and values: a program takes the keys of a block and goes through the tiles of queries that see it, those that most see
-first; sums have one order, so results repeat bit by bit.
+do). Gradients of keys and values: a program takes the keys of a block and goes through the tiles of queries that see
+it, those that most see first; sums have one order, so results repeat bit by bit.
 
 N queries, M keys, H query heads, K key/value heads, G = H/K, d head size. FlashAttention-2's algorithm, as in
 `lemo.kernels.attention`; logarithms of softmax denominators are to base 2.

@@ -20,6 +20,7 @@ from lemo.models.documents import stands_in
 from lemo.selection.attend import AttendGrid, choose_blocks
 from lemo.sparse.attend import attend_lists
 from lemo.sparse.parts import part
+from lemo.sparse.precision import computes_in
 from lemo.types import TokenPlan
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class AttendCall:
         if self.lists is None:
             with part("selection"):
                 self.grid = self.state.attend_grid(self.asked, k_KMd.shape[0], self.window)
-                self.lists = choose_blocks(self.grid, q_HNd, k_KMd, scale, self.draw)
+                self.lists = self._choose(self.grid, q_HNd, k_KMd, scale)
         return self.lists
 
     def attend_kept(self, q_HNd: Tensor, k_KNd: Tensor, v_KNd: Tensor, scale: float, plan: TokenPlan) -> Tensor:
@@ -61,8 +62,13 @@ class AttendCall:
         if self.lists is None:
             with part("selection"):
                 self.grid = self.state.grid_of_kept(self.asked, plan, k_KNd.shape[0], self.window)
-                self.lists = choose_blocks(self.grid, q_HNd, k_KNd, scale, self.draw)
+                self.lists = self._choose(self.grid, q_HNd, k_KNd, scale)
         return attend_lists(q_HNd, k_KNd, v_KNd, self.lists, None, scale)
+
+    def _choose(self, grid: AttendGrid, q_HNd: Tensor, k_KMd: Tensor, scale: float) -> BlockLists:
+        # In the dtype that attention will be computed in: rotated queries are fp32 under autocast.
+        q, k = (x.detach().to(computes_in(x.device.type, x.dtype)) for x in (q_HNd, k_KMd))
+        return choose_blocks(grid, q, k, scale, self.draw)
 
     def attend(self, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, scale: float, host_rows: Tensor | None) -> Tensor:
         """Attention of these rows' queries, or of all, over all rows' keys, [N, H, d]."""

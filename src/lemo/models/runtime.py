@@ -185,7 +185,7 @@ class Runtime:
     def _draws(self) -> bool:
         """Whether anything is left to chance."""
         attend = self.config.attend
-        by_chance = self.config.policy != "energy" or (attend is not None and attend.choice == "random")
+        by_chance = self.config.policy != "energy" or (attend is not None and attend.choice in ("random", "sampled"))
         return by_chance or bool(self.config.dense_share)
 
     def _begin_attend(self, state: BatchState, targets: Tensor | None) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lemo.config import QUERY_BLOCKS, Attend
 from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
-from lemo.selection.attend_mass import looked_at, looked_mass, pool, pooled_mass
+from lemo.selection.attend_mass import looked_at, looked_mass, pool, pooled_mass, scores_of_looked
 from lemo.selection.sampling import draw_systematically, inclusion_probabilities
 from lemo.types import SequenceLayout, TokenPlan
 
@@ -289,12 +289,13 @@ def choose_blocks(
         rows = slice(choosers.first, choosers.end)
         return looked_mass(q_HNd[:, rows], k_KMd[:, rows], block, lowest, scale, QUERY_BLOCKS * size, size, count)
 
-    ways: dict[str, tuple[Score, Pick, int]] = {
-        "random": (any_one, _highest, K),
-        "pooled": (pooled, _highest, q_HNd.shape[0]),
-        "sampled": (looked, functools.partial(_drawn, generator), q_HNd.shape[0] * count),
+    ways: dict[str, tuple[Score, Pick]] = {
+        "random": (any_one, _highest),
+        "pooled": (pooled, _highest),
+        "sampled": (looked, functools.partial(_drawn, generator)),
     }
-    score, pick, at_once = ways[choice]
+    score, pick = ways[choice]
+    at_once = scores_of_looked(q_HNd, k_KMd, size, count) if choice == "sampled" else q_HNd.shape[0]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return _lists(attend, functools.partial(_in_parts, attend, at_once, score, pick))
 
@@ -344,7 +345,9 @@ def _drawn(generator: torch.Generator, score: Tensor, distant: Tensor, count: in
     first = distant[:, 0].long()
     others = distant & (torch.arange(score.shape[-1], device=score.device) > 0)
     share = score.float().masked_fill(~others, 0.0)
-    share = (1 - _EVENLY) * share / share.sum(-1, keepdim=True) + _EVENLY * others / others.sum(-1, keepdim=True)
+    # All of it may underflow: the draw is even then.
+    whole = share.sum(-1, keepdim=True)
+    share = torch.where(whole > 0, (1 - _EVENLY) * share / whole, 0.0) + _EVENLY * others / others.sum(-1, keepdim=True)
     probability = inclusion_probabilities(share, (count - first).expand(score.shape[:-1]))
     shift = torch.rand(*score.shape[:-1], 1, generator=generator, device=score.device, dtype=torch.float64)
     # A row that sees the first block draws one fewer: its places start one later.

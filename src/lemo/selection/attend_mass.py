@@ -21,6 +21,12 @@ def looked_at(look: float, query_block: int) -> int:
     return math.gcd(min(64, nearest), query_block)
 
 
+def scores_of_looked(q_HTd: Tensor, k_KTd: Tensor, key_block: int, looked: int) -> int:
+    """How many numbers `looked_mass` holds at a time for each pair of a query block and a key block."""
+    by_kernel = block_sparse_backend(q_HTd, k_KTd, k_KTd, key_block) == "triton"
+    return q_HTd.shape[0] * looked * (1 if by_kernel else key_block)
+
+
 def pool(x_HTd: Tensor, size: int) -> Tensor:
     """Means over blocks of one document, fp32 or wider, [H, blocks, d]; the last block may be short."""
     wide = torch.promote_types(x_HTd.dtype, torch.float32)

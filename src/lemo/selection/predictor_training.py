@@ -54,7 +54,7 @@ _LEAST_PAIR = 0.05
 _COMPARED_WITH = 64
 # Share of the steps in which neurons go; the others mend what was cut.
 _PRUNED_BY = 0.75
-# Neurons at zero are counted in every so manieth step: some documents tell enough.
+# Neurons at zero are counted in every so manieth step: some documents tell enough, but none would tell nothing.
 _COUNT_EVERY = 4
 
 
@@ -176,7 +176,7 @@ class PredictorTraining:
         blocks, exact = self._blocks_from(example, part)
         exact = exact / self.stack.scale.view(-1, *[1] * (exact.dim() - 1))
         active = self.stack(example.x[:, part * self.part :], blocks, self._dropping)
-        if self.step % _COUNT_EVERY == 0:
+        if self.step % min(_COUNT_EVERY, self.config.prune_every) == 0:
             self._counts.add(active)
         estimates = self.stack.estimates(active)
         logs, wanted = ([_log(s) for s in self._compared(scores, blocks)] for scores in (estimates, exact))

@@ -70,6 +70,7 @@ class _ListAttention(torch.autograd.Function):
 
         q, k, v, out, lse = ctx.saved_tensors
         grads = block_sparse_backward(grad_NHd, q, k, v, out, lse, ctx.queries, ctx.scale)
+        ctx.queries.lists.forget()
         return *grads, None, None
 
 

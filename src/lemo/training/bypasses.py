@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -33,7 +34,7 @@ def load_bypasses(model: Any, checkpoint: Path) -> None:
     """Puts what `save_bypasses` wrote into a model that has the same bypasses, if they train.
 
     Raises:
-        UserError: the checkpoint has none, or those of another model or calibration.
+        UserError: the checkpoint has none, damaged ones, or those of another model or calibration.
     """
     runtime = get_runtime(model)
     if runtime is None or not runtime.config.train_bypass:
@@ -44,7 +45,7 @@ def load_bypasses(model: Any, checkpoint: Path) -> None:
             raise ValueError("it has others")
         for key, bypass in stored.items():
             runtime.bypasses[key].load_state_dict(bypass.state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint / FILE} doesn't hold this model's bypasses ({' '.join(str(error).split())}); resume from "
             "a checkpoint with the same calibration, in the run's own output_dir, that was written with "
