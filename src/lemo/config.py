@@ -67,11 +67,9 @@ class Attend(Frozen):
     is given, as many for each: the nearest ones, its window, and distant ones chosen for it.
 
     Args:
-        density: share of causal attention that is computed, in each document; a little less, since blocks are whole,
-            and more where `window` and the first block exceed it, or `labelled: dense` adds to it. A number, or one
-            number per layer. None: `window` and the first block alone.
-        window: tokens before its query block that a query sees in any case. Default: half of the blocks that
-            `density` allows; with `choice: none` all of them but the first are the window.
+        density: share of causal attention that is computed, in each document (a little less, since blocks are whole;
+            more where `window`, the first block or `labelled: dense` exceed it), or one per layer. None: the first two.
+        window: tokens before its query block that every query sees. Default: half of what `density` allows, or all.
         choice: of distant blocks, in each layer. `none` (default): the nearest, a wider window. `sampled`: drawn by the
             mass that a few queries give them, each with the weight of those it stands for: an estimate of dense
             attention. Which is for which data: docs/quality.md. `pooled`, `random`: without weights (baselines).
@@ -91,6 +89,8 @@ class Attend(Frozen):
     def _consistent(self) -> Attend:
         if self.density is None and (self.window is None or self.choice != "none"):
             raise ValueError("attend without a density is a window alone: give window, and choice none")
+        if self.choice != "sampled" and self.look != Attend.model_fields["look"].default:
+            raise ValueError("look is for choice sampled; leave it out")
         return self
 
     def of_layer(self, layer: int) -> Attend:

@@ -118,6 +118,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("sparsity: {mode: forward, keep: 0.5, labelled: ranked}", r"mode forward doesn't use labelled"),
         ("sparsity: {segments: {spans: 8, drawn: 2}}", r"policy energy doesn't use segments; leave it out or choose"),
         ("sparsity: {policy: segments, fidelity: 0.9}", r"policy segments doesn't use fidelity"),
+        ("sparsity: {mode: dense, attend: {look: 0.5}}", r"look is for choice sampled; leave it out"),
         ("sparsity: {score: causal}", r"policy energy doesn't use score"),
         ("sparsity: {fidelity: 0, labelled: ranked}", r"fidelity 0 keeps labelled blocks alone, so labelled can't be"),
         ("model: {rope_scaling: {rope_type: yarn, factor: 1}}", r"rope_scaling\.factor = 1: must be greater than 1"),
