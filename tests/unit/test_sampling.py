@@ -66,9 +66,8 @@ def test_sampled_blocks_estimate_dense_attention_without_bias() -> None:
     assert error("random", 400) > 0.9 * error("random", 50)
 
 
-def test_likely_blocks_are_drawn_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_likely_blocks_are_drawn_more_often() -> None:
     """Where most queries look for keys of one block, that block is nearly always there, with a weight of nearly 1."""
-    monkeypatch.setattr(selection, "_EVENLY", 0.1)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 512, 8, generator=generator) for _ in range(2))
     q[..., 0] += 3.0
