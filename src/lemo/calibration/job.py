@@ -19,7 +19,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import lemo
-from lemo import __version__
 from lemo.calibration.allocation import LEVELS, algorithm1, by_curves
 from lemo.calibration.config import CalibrationConfig, load_calibration
 from lemo.calibration.fitting import Fitted
@@ -263,7 +262,7 @@ def _facts(
     }
     return Facts(
         format=FORMAT,
-        lemo=__version__,
+        lemo=lemo.__version__,
         model=config.model.name,
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=fingerprint_of(model),

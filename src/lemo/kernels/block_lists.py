@@ -15,6 +15,7 @@ nq query blocks, nk key blocks over the whole batch, N queries, K key heads, or 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -28,7 +29,6 @@ Integers = NDArray[np.int64]
 # Entries of lists that are turned round at a time: some 50 bytes each until they are done.
 _AT_ONCE = 2**24
 _ALL = 2**31 - 1
-LOG2_E = 1.4426950408889634
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 
@@ -215,7 +215,7 @@ class BlockLists:
         listed = (slot < here.count[query]) & (block >= 0)[:, None]
         entry = torch.searchsorted(here.key_first, self.listed(query, slot).contiguous())
         boost = self.boosts(query, slot)
-        added = torch.zeros(entry.shape, device=device) if boost is None else boost / LOG2_E
+        added = torch.zeros(entry.shape, device=device) if boost is None else boost * math.log(2)
         hits = torch.full((*entry.shape[:2], nk + 1), float("-inf"), device=device)
         hits.scatter_(2, torch.where(listed, entry, nk), added)
         hits[..., nk] = float("-inf")

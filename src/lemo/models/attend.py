@@ -54,27 +54,29 @@ class AttendCall:
         if self.lists is None:
             with part("selection"):
                 self.grid = self.state.attend_grid(self.asked, k_KMd.shape[0], self.window)
-                self.lists = self._choose(self.grid, q_HNd, k_KMd, scale)
+                self.lists = choose_blocks(self.grid, q_HNd, k_KMd, scale, self.draw)
         return self.lists
 
     def attend_kept(self, q_HNd: Tensor, k_KNd: Tensor, v_KNd: Tensor, scale: float, plan: TokenPlan) -> Tensor:
         """Attention among a plan's rows, [N, H, d]."""
+        q_HNd, k_KNd, v_KNd = _as_autocast(q_HNd, k_KNd, v_KNd)
         if self.lists is None:
             with part("selection"):
                 self.grid = self.state.grid_of_kept(self.asked, plan, k_KNd.shape[0], self.window)
-                self.lists = self._choose(self.grid, q_HNd, k_KNd, scale)
+                self.lists = choose_blocks(self.grid, q_HNd, k_KNd, scale, self.draw)
         return attend_lists(q_HNd, k_KNd, v_KNd, self.lists, None, scale)
-
-    def _choose(self, grid: AttendGrid, q_HNd: Tensor, k_KMd: Tensor, scale: float) -> BlockLists:
-        # In the dtype that attention will be computed in: rotated queries are fp32 under autocast.
-        q, k = (x.detach().to(computes_in(x.device.type, x.dtype)) for x in (q_HNd, k_KMd))
-        return choose_blocks(grid, q, k, scale, self.draw)
 
     def attend(self, q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, scale: float, host_rows: Tensor | None) -> Tensor:
         """Attention of these rows' queries, or of all, over all rows' keys, [N, H, d]."""
+        q_HNd, k_KMd, v_KMd = _as_autocast(q_HNd, k_KMd, v_KMd)
         lists = self.lists if host_rows is not None else self.lists_for(q_HNd, k_KMd, scale)
         assert lists is not None, "the dense forward chooses before rows are recomputed"
         return attend_lists(q_HNd, k_KMd, v_KMd, lists, host_rows, scale)
+
+
+def _as_autocast(*x: Tensor) -> tuple[Tensor, ...]:
+    """As torch's autocast does for its own attention; rotated queries are fp32 under it. Blocks are chosen by these."""
+    return tuple(t.to(computes_in(t.device.type, t.dtype)) for t in x)
 
 
 def attention_by_lists(config: Any) -> AbstractContextManager[None]:

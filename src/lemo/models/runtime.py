@@ -63,6 +63,8 @@ class BatchState:
 
     def draws(self, layer: int) -> random.Random:
         """One layer's draws: the same each time this pass's layer runs."""
+        # Without one every pass would draw the same.
+        assert self.seed, "begin draws a seed wherever something is left to chance"
         return random.Random(f"{self.seed} {layer}")
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:

@@ -269,8 +269,10 @@ def choose_blocks(
     if choice == "none" or not attend.choosers:
         return attend.nearest_lists
     K, device = k_KMd.shape[0], q_HNd.device
-    assert draw is not None or choice == "pooled", "a random choice needs a seed"
-    generator = torch.Generator(device).manual_seed(0 if draw is None else draw())
+    generator = torch.Generator(device)
+    if choice != "pooled":
+        assert draw is not None, "a random choice needs a seed"
+        generator.manual_seed(draw())
     size = attend.attend.block
     count = looked_at(attend.attend.look, QUERY_BLOCKS * size)
     pools: dict[int, tuple[Tensor, Tensor]] = {}

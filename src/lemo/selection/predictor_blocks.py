@@ -17,8 +17,6 @@ _PERIODS = (8, 32, 128, 512)
 PLACES = 3 + 2 * len(_PERIODS)
 # Equal parts of I(Q) and I(K) meet over so many blocks, the key's own included; the last over the whole document.
 _REACHES = (2, 8, 32, 2**31 - 1)
-
-
 # Scores of parts of blocks under this many tokens cost more than they teach, and the kernel for scores has none.
 _LEAST_PART = 16
 

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from lemo.kernels import reference
 from lemo.kernels.block_lists import BlockLists
 from lemo.kernels.dispatch import block_sparse_backend
-from lemo.sparse.precision import computes_in
 
 if TYPE_CHECKING:
     from lemo.kernels.block_sparse import Queries
@@ -36,14 +35,12 @@ def attend_lists(
     """Attention of N queries, [N, H, d]; differentiable.
 
     Args:
-        q_HNd: queries of `host_rows`.
+        q_HNd: queries of `host_rows`, in the keys' and values' dtype.
         k_KMd, v_KMd: keys and values of all rows of the lists' grid.
         lists: what each query block sees.
         host_rows: int64 [N], ascending, on the CPU; None for all rows.
         scale: factor on q·k.
     """
-    # As torch's autocast does for its own attention.
-    q_HNd, k_KMd, v_KMd = (x.to(computes_in(x.device.type, x.dtype)) for x in (q_HNd, k_KMd, v_KMd))
     if block_sparse_backend(q_HNd, k_KMd, v_KMd, lists.grid.key_block) == "triton":
         from lemo.kernels.block_sparse import Queries
 
