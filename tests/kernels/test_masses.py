@@ -17,6 +17,7 @@ ROWS = {
     "one a block": (torch.tensor([0, 5, 299]), 1, torch.zeros(3, dtype=torch.int64)),
     "every second": (torch.arange(2, 301, 2)[:144], 16, torch.zeros(144, dtype=torch.int64)),
     "a window": (torch.arange(8, 296), 4, (torch.arange(8, 296) // 4 * 4 - 40).clamp(min=0) // 16 * 16),
+    "a wide window": (torch.arange(200, 264), 4, torch.arange(200, 264) // 4 * 4 - 120),
     "the last, again and again": (torch.full((64,), 300), 32, torch.zeros(64, dtype=torch.int64)),
     "none": (torch.arange(0), 8, torch.arange(0)),
 }

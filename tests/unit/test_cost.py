@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lemo.bench.cost import GROUPED_WORK, attended_work, causal_work, kept_work, part_flop, step_flop
+from lemo.bench.cost import attended_work, causal_work, grouped_work, kept_work, part_flop, step_flop
 from lemo.bench.cost_memory import moved_bytes, stored_bytes
 from lemo.bench.shapes import build_shape
 from lemo.bench.step_config import load_step
@@ -106,13 +106,15 @@ def test_forward_leaves_out_what_it_leaves_out() -> None:
         assert step_flop(*shape, method, 0.5, 0.3, 0.25) == pytest.approx(2 * wanted + head)
     dense = step_flop(*shape, "lora")
     assert step_flop(*shape, "lemo-forward") == pytest.approx(dense + 2 * choice)
-    assert dense - step_flop(*shape, "longlora") == pytest.approx(2 * 3.5 * attention * (1 - GROUPED_WORK))
+    assert dense - step_flop(*shape, "longlora", density=0.25) == pytest.approx(2 * 3.5 * attention * 0.75)
 
 
-def test_what_shifted_groups_leave_of_the_causal_work() -> None:
-    T, group = 4096, 1024
-    within = [group] * 4, [group // 2, *[group] * 3, group // 2]
-    assert pytest.approx(sum(n * n / 2 for half in within for n in half) / 2 / (T * T / 2)) == GROUPED_WORK
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_what_shifted_groups_leave_of_the_causal_work(groups: int) -> None:
+    T = 4096
+    group = T // groups
+    within = [group] * groups, [group // 2, *[group] * (groups - 1), group // 2]
+    assert pytest.approx(sum(n * n / 2 for half in within for n in half) / 2 / (T * T / 2)) == grouped_work(groups)
 
 
 def test_stored_bytes_by_hand() -> None:

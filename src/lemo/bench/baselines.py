@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lemo.bench.config import GROUPS
 from lemo.data.labelling import IGNORED
 from lemo.errors import UserError
 from lemo.models import get_runtime
@@ -23,7 +24,7 @@ from lemo.models import get_runtime
 _SHIFTED = "lemo_shifted_"
 
 
-def shift_attention(model: Any, groups: int = 4) -> None:
+def shift_attention(model: Any, groups: int = GROUPS) -> None:
     """LongLoRA's shifted sparse attention (S²-Attn, arXiv 2309.12307) while the model trains; evaluation stays dense.
 
     Groups have ceil(T / groups) tokens. The first half of the heads attends within groups, the second half within

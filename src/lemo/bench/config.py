@@ -68,12 +68,17 @@ class TaskConfig(Frozen):
         return self
 
 
+# LongLoRA's.
+GROUPS = 4
+Groups = Annotated[int, Field(ge=1)]
+
+
 class MethodConfig(Frozen):
     """One row of the comparison, trained once for each of its seeds.
 
     Args:
         method: `lora+ckpt`: ordinary LoRA with gradient checkpointing; always run, all else is measured against it.
-            `longlora`: LongLoRA's shifted attention while training, four groups.
+            `longlora`: LongLoRA's shifted attention while training, in `groups`.
             `truncated`: ordinary LoRA on sequences cut to the share `keep` of their tokens (the last ones; a random
             stretch where every token is labelled).
             `labels-only`: no gradient through the prompt: only blocks with labels, no gradients into other keys.
@@ -82,6 +87,7 @@ class MethodConfig(Frozen):
             `+attend`: with `sparsity.attend`.
         setting: names the row's knobs; unique among the rows of one method. `default` is the product's default.
         keep: `truncated` and `random-blocks`: share of tokens.
+        groups: `longlora`: how many a sequence is cut into.
         sparsity: the lemo methods' settings.
         learning_rate: in place of `training.learning_rate`.
         seeds: the first so many of the study's seeds; None takes all.
@@ -104,6 +110,7 @@ class MethodConfig(Frozen):
     ]
     setting: str = "default"
     keep: Share | None = None
+    groups: Groups = GROUPS
     sparsity: SparsityConfig | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     seeds: int | None = Field(default=None, ge=1)
@@ -115,6 +122,7 @@ class MethodConfig(Frozen):
         takes_keep = self.method in ("truncated", "random-blocks")
         if takes_keep != (self.keep is not None):
             raise ValueError(f"{self.method} {'needs a' if takes_keep else 'takes no'} keep of its own")
+        refuse_other_groups(self.method, self.groups)
         if self.method.startswith("lemo-") != (self.sparsity is not None):
             raise ValueError(f"sparsity belongs to the lemo methods, and each needs it (here: {self.method})")
         if self.sparsity is not None:
@@ -173,6 +181,12 @@ def refuse_other_attend(method: str, sparsity: SparsityConfig) -> None:
     """Raises ValueError where a method's name and `sparsity.attend` don't agree."""
     if method.endswith("attend") != (sparsity.attend is not None):
         raise ValueError(f"sparsity.attend belongs to lemo-attend and methods with +attend (here: {method})")
+
+
+def refuse_other_groups(method: str, groups: int) -> None:
+    """Raises ValueError where a method that isn't LongLoRA is given groups."""
+    if groups != GROUPS and not method.startswith("longlora"):
+        raise ValueError(f"groups belong to longlora (here: {method})")
 
 
 def refuse_same_names(names: Sequence[tuple[str, str]]) -> None:

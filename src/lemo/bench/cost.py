@@ -9,13 +9,13 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | with gradient checkpointing | 3 | 4.5 |
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
 | `forward` | 2 keep, with checkpointing 3 keep, of each branch; predictors' first matrices once | 3.5 s, 4.5 s |
-| LongLoRA | as LoRA | 3.5 s, 4.5 s |
+| LongLoRA | as LoRA | 3.5 r, 4.5 r |
 | `attend` | 3 | 4.5 r |
 | `backward+attend` | as `backward` | r + 3.5 s |
 
 s is the share of the causal work: in `backward` the kept queries', with `attend` what these see, in `forward` the kept
-queries' with the kept keys, in LongLoRA that within groups; r the density of what queries see. A multiplication and an
-addition are two operations. `lemo.bench.cost_memory` counts bytes.
+queries' with the kept keys; r the density of what queries see. A multiplication and an addition are two operations.
+`lemo.bench.cost_memory` counts bytes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from lemo.selection.attend import AttendGrid
 from lemo.types import TokenPlan
 
 TERA = 1e12
-# Half of the heads in four groups, a quarter of the causal work; half in three groups and two halves of one.
-GROUPED_WORK = (1 / 4 + 7 / 32) / 2
+
+
+def grouped_work(groups: int) -> float:
+    """Share of the causal work in LongLoRA: half of the heads in so many groups, half in one fewer and two halves."""
+    return (1 / groups + (groups - 1 / 2) / groups**2) / 2
 
 
 def step_flop(
@@ -64,8 +67,6 @@ def step_flop(
     unit = _Units(shape, T)
     linear, attention = (3.0, 4.5) if checkpointed(method) else (2.0, 3.5)
     head = unit.head(T if method in (LIGER, "lora+logits") else labels)
-    if method.startswith("longlora"):
-        attention *= GROUPED_WORK
     if not method.startswith("lemo-forward"):
         return layers * (linear * unit.linear + attention * density * unit.attention) + head
     kept = keep * unit.attention_linear + (keep if mlp_keep is None else mlp_keep) * unit.mlp_linear

@@ -21,7 +21,16 @@ from torch import Tensor
 import lemo
 from lemo.bench import records
 from lemo.bench.baselines import shift_attention
-from lemo.bench.cost import TERA, attended_work, causal_work, kept_work, matmul_ceiling, part_flop, step_flop
+from lemo.bench.cost import (
+    TERA,
+    attended_work,
+    causal_work,
+    grouped_work,
+    kept_work,
+    matmul_ceiling,
+    part_flop,
+    step_flop,
+)
 from lemo.bench.cost_memory import moved_bytes, stored_bytes
 from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.parts import time_parts
@@ -233,7 +242,7 @@ def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, dev
         statistics.mean(attention),
         statistics.mean(mlp),
         stats.fidelity_mean,
-        stats.density,
+        grouped_work(method.groups) if method.longlora else stats.density,
         work,
         peak.peak_gib,
         peak.peak_reserved_gib,
@@ -255,8 +264,8 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
     model.train()
     if method.method == "lora+logits":
         return lemo.restore(model)
-    if method.method.startswith("longlora"):
-        shift_attention(model)
+    if method.longlora:
+        shift_attention(model, method.groups)
     runtime: Any = get_runtime(model)
     if method.forward:
         runtime.predictors = random_predictors(place.layers, model.config.hidden_size, device)

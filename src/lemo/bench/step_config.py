@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lemo.bench.config import Tokens, refuse_other_attend, refuse_same_names
+from lemo.bench.config import GROUPS, Groups, Tokens, refuse_other_attend, refuse_other_groups, refuse_same_names
 from lemo.config import Frozen, LoraConfig, Share, SparsityConfig
 from lemo.config_io import flags, load
 
@@ -48,11 +48,12 @@ class StepMethod(Frozen):
             logits. `lora+ckpt`: `lora` with gradient checkpointing, the strong baseline. `lora+ckpt+liger`: the same
             with Liger's kernels and its loss. `trl`: the same adapter trained by TRL's SFTTrainer, with gradient
             checkpointing and its own loss; `trl+liger`: with `use_liger_kernel` too; no `parts` of either. `longlora`:
-            `lora` with LongLoRA's shifted attention in four groups. `lemo-backward`, `lemo-attend`,
+            `lora` with LongLoRA's shifted attention in `groups`. `lemo-backward`, `lemo-attend`,
             `lemo-backward+attend`, `lemo-forward`: as `sparsity` says; `lemo-forward` chooses by predictors with random
             weights, of the size they have before they shrink: which blocks that gives says nothing about a real model,
             what it costs does. With `+ckpt` it and LongLoRA are checkpointed.
         setting: names the row's knobs; unique among the rows of one method.
+        groups: `longlora`: how many a sequence is cut into.
         sparsity: the lemo methods' settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
             about a real model. `spread`: the labelled ones and as many others, evenly spread, as `keep` asks for;
@@ -77,6 +78,7 @@ class StepMethod(Frozen):
         "lemo-forward+ckpt",
     ]
     setting: str = "default"
+    groups: Groups = GROUPS
     sparsity: SparsityConfig | None = None
     placement: Literal["energy", "spread", "recorded"] = "energy"
     keep: Share | None = None
@@ -84,6 +86,7 @@ class StepMethod(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> StepMethod:
         backward = self.method in ("lemo-backward", "lemo-backward+attend")
+        refuse_other_groups(self.method, self.groups)
         if self.method.startswith("lemo-") != (self.sparsity is not None):
             raise ValueError(f"sparsity belongs to the lemo methods, and each needs it (here: {self.method})")
         if self.sparsity is not None:
@@ -104,6 +107,11 @@ class StepMethod(Frozen):
     def forward(self) -> bool:
         """Whether tokens are left out of the forward pass."""
         return self.method.startswith("lemo-forward")
+
+    @property
+    def longlora(self) -> bool:
+        """Whether attention is LongLoRA's."""
+        return self.method.startswith("longlora")
 
     @property
     def trl(self) -> bool:

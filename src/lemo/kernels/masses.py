@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
-QUERIES = 64
+# Queries of a program of the first kernel, each of which reads all keys; as many fit by rows of so many bytes a head.
+QUERIES, ROW_BYTES = 128, 256
 # Key blocks of a program of the second kernel.
 BLOCKS = 64
 
@@ -41,15 +42,17 @@ def block_masses(
     log = torch.empty(H, n, nk, looked, device=q_HNd.device, dtype=torch.float32)
     lse = torch.empty(H, N, device=q_HNd.device, dtype=torch.float32)
     mass = torch.empty(K, n, nk, device=q_HNd.device, dtype=torch.float32)
+    small = power_of_2(d) * q_HNd.element_size() <= ROW_BYTES
+    queries = QUERIES if small else QUERIES // 2
     if N:
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
-            _log_masses[(tiles_of(N, QUERIES), H)](
+            _log_masses[(tiles_of(N, queries), H)](
                 q_HNd, k_KTd, lowest_N, rows_N, log, lse, scale * LOG2_E, N, T, nk,
                 *q_HNd.stride(), *k_KTd.stride(),
-                GROUP=H // K, LOOKED=looked, D=d, BD=max(16, power_of_2(d)), BM=QUERIES, BN=key_block,
+                GROUP=H // K, LOOKED=looked, D=d, BD=max(16, power_of_2(d)), BM=queries, BN=key_block,
                 PRECISION="ieee" if q_HNd.dtype == torch.float32 else "tf32",
-                num_warps=4, num_stages=2,
+                num_warps=queries // 16, num_stages=2 if small else 1,
             )  # fmt: skip
             _mean_masses[(tiles_of(nk, BLOCKS), n, K)](
                 log, lse, lowest_N, rows_N, mass, N, nk,
@@ -68,28 +71,55 @@ def _log_masses(
     # The last queries see most: they go first.
     n = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
     head = tl.program_id(1).to(tl.int64)
-    row = tl.load(ROWS + n, mask=n < N, other=-1).to(tl.int32)
-    lowest = tl.load(LOWEST + n, mask=n < N, other=T).to(tl.int32)
+    live = n < N
+    # Lanes past the end see what the last query sees.
+    row = tl.load(ROWS + tl.minimum(n, N - 1)).to(tl.int32)
+    lowest = tl.load(LOWEST + tl.minimum(n, N - 1)).to(tl.int32)
     q = load_tile(Q + head * sqh, n, N, sqn, sqd, D, BD)
     Kh = KEYS + head // GROUP * skh
     where = LOG + (head * N + n // LOOKED * LOOKED) * nk + n % LOOKED
-    largest = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    for block in range(tl.min(lowest) // BN, tl.max(row) // BN + 1):
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    # Of the blocks that some query sees those from `full` to `cut` are seen whole by all.
+    first, end = tl.min(lowest) // BN, tl.max(row) // BN + 1
+    full = tl.minimum((tl.max(lowest) + BN - 1) // BN, end)
+    cut = tl.maximum((tl.min(row) + 1) // BN, full)
+    m, l = _through(
+        q, Kh, row, lowest, where, live, first, end - cut + full, full, cut - full, m, l, scale_log2, T, skm, skd,
+        LOOKED, D, BD, BN, PRECISION, True,
+    )  # fmt: skip
+    m, l = _through(
+        q, Kh, row, lowest, where, live, full, cut, 0, 0, m, l, scale_log2, T, skm, skd,
+        LOOKED, D, BD, BN, PRECISION, False,
+    )  # fmt: skip
+    tl.store(LSE + head * N + n, m + tl.log2(l), mask=live)
+
+
+@triton.jit
+def _through(
+    q, Kh, row, lowest, where, live, start, stop, leap_at, leap, m, l, scale_log2, T, skm, skd,
+    LOOKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """(m, l), maxima and sums of rows, after blocks `start` to `stop`, of which those from `leap_at` on lie `leap` on."""
+    for counted in range(start, stop):
+        block = counted
+        if MASKED:
+            block += tl.where(counted < leap_at, 0, leap)
         keys = block * BN + tl.arange(0, BN)
         k = load_tile(Kh, keys, T, skm, skd, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        s = tl.where((keys[None, :] <= row[:, None]) & (keys[None, :] >= lowest[:, None]), s, float("-inf"))
-        most = tl.max(s, 1)
-        # A row may see nothing of a block.
-        base = tl.where(most == float("-inf"), 0.0, most)
+        if MASKED:
+            s = tl.where((keys[None, :] <= row[:, None]) & (keys[None, :] >= lowest[:, None]), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # A row that has seen no key yet has no maximum.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
         mass = tl.sum(tl.exp2(s - base[:, None]), 1)
-        tl.store(where + block * LOOKED, base + tl.log2(mass), mask=n < N)
-        now = tl.maximum(largest, most)
-        level = tl.where(now == float("-inf"), 0.0, now)
-        total = total * tl.exp2(largest - level) + mass * tl.exp2(most - level)
-        largest = now
-    tl.store(LSE + head * N + n, largest + tl.log2(total), mask=n < N)
+        l = l * tl.exp2(m - base) + mass
+        m = m_new
+        # A mass too small beside what came before is 0.
+        tl.store(where + block * LOOKED, base + tl.log2(mass), mask=live)
+    return m, l
 
 
 @triton.jit
