@@ -101,7 +101,7 @@ def _through(
     LOOKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(m, l), maxima and sums of rows, after blocks `start` to `stop`, of which those from `leap_at` on lie `leap` on."""
+    """(m, l), maxima and sums of rows, after blocks `start` to `stop`; those from `leap_at` on lie `leap` further."""
     for counted in range(start, stop):
         block = counted
         if MASKED:
