@@ -180,7 +180,7 @@ def test_layers_train_side_by_side_as_each_does_alone(branch: str) -> None:
     assert (9, 8, 6) not in widths
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 64])
 def test_no_neuron_goes_that_nobody_has_counted(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of frequencies that are all 0 the last neurons would be the idlest."""
     counted = []
@@ -190,7 +190,7 @@ def test_no_neuron_goes_that_nobody_has_counted(every: int, monkeypatch: pytest.
     config = PredictorConfig(steps=20, prune_every=every)
     training = PredictorTraining([KINDS["mlp"](D, (6, 5, 4))], SIZE, config)
     training.see(Example(torch.randn(1, 40, D), torch.rand(1, 40)), steps=20)
-    assert len(counted) == 15 // every
+    assert len(counted) == max(1, 15 // every)
     assert min(counted) > 0
 
 

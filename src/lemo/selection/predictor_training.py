@@ -151,11 +151,10 @@ class PredictorTraining:
         self._clip()
         self._optimizer.step()
         self.step += 1
-        done = self.step / (_PRUNED_BY * config.steps)
-        if self.step % config.prune_every == 0 and done <= 1:
-            # What is left of the way goes with the last pruning.
-            last = self.step + config.prune_every > _PRUNED_BY * config.steps
-            share = config.neurons if last else 1 - (1 - config.neurons) * done
+        last = max(1, int(_PRUNED_BY * config.steps))
+        # Between two prunings neurons are counted at least once.
+        if self.step == last or (self.step % config.prune_every == 0 and self.step + config.prune_every <= last):
+            share = 1 - (1 - config.neurons) * self.step / last
             prune(self.stack, self._counts, share, self._optimizer)
 
     def _clip(self) -> None:
