@@ -297,9 +297,11 @@ def choose_blocks(
         "sampled": (looked, functools.partial(_drawn, generator)),
     }
     score, pick = ways[choice]
-    at_once = scores_of_looked(q_HNd, k_KMd, size, count) if choice == "sampled" else q_HNd.shape[0]
+    numbers = scores_of_looked(q_HNd, k_KMd, size, count) if choice == "sampled" else q_HNd.shape[0]
+    # Scores take as much memory as the queries do, or 256 MiB: small parts leave most of a GPU idle.
+    pairs = max(_SCORES_AT_ONCE, q_HNd.numel() // 2) // numbers
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _lists(attend, functools.partial(_in_parts, attend, at_once, score, pick))
+        return _lists(attend, functools.partial(_in_parts, attend, pairs, score, pick))
 
 
 def _lists(attend: AttendGrid, choose: Callable[[Choosers], Chosen]) -> BlockLists:
@@ -313,17 +315,17 @@ def _lists(attend: AttendGrid, choose: Callable[[Choosers], Chosen]) -> BlockLis
     return BlockLists(grid, entries, torch.cat(boosts) if boosts else None)
 
 
-def _in_parts(attend: AttendGrid, at_once: int, score: Score, pick: Pick, choosers: Choosers) -> Chosen:
+def _in_parts(attend: AttendGrid, pairs: int, score: Score, pick: Pick, choosers: Choosers) -> Chosen:
     """Blocks picked by their scores, for some choosers at a time.
 
     Args:
         attend: where blocks lie.
-        at_once: scores that a query block needs for each key block while they are computed.
+        pairs: of a query block and a key block, scored at a time.
         score, pick: the way.
         choosers: who chooses.
     """
     nk, n = -(-(choosers.end - choosers.first) // attend.attend.block), len(choosers.block)
-    step = max(1, _SCORES_AT_ONCE // (nk * at_once))
+    step = max(1, pairs // nk)
     keys, found = torch.arange(nk, device=attend.grid.device), []
     for i in range(0, n, step):
         part = slice(i, i + step)
