@@ -173,10 +173,16 @@ def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("choice", ["random", "sampled", "some dense"])
 def test_a_short_last_block_that_chose(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where tiles fill blocks, only a document's last one needs a look at its end."""
-    _, lists = lists_of("one", CHOICES[choice], 2, None, 32)
-    assert 0 < lists.grid.query_end[-1] - lists.grid.query_first[-1] < lists.grid.longest == 64
-    assert lists.grid.listed[-1]
-    check(monkeypatch, "one", choice, block=32)
+    monkeypatch.setitem(BATCHES, "long", {"batch": 1, "length": 424})
+    _, lists = lists_of("long", CHOICES[choice], 2, None, 32)
+    grid = lists.grid
+    assert grid.query_end[-1] - grid.query_first[-1] == 40 < grid.longest == 64
+    assert grid.chosen[-1]
+    if choice == "sampled":
+        boosts = lists.boosts(torch.tensor([len(grid.chosen) - 1]), torch.arange(grid.chosen[-1]))
+        assert boosts is not None
+        assert boosts.any()
+    check(monkeypatch, "long", choice, block=32)
 
 
 def test_results_repeat_bit_by_bit() -> None:
