@@ -25,7 +25,7 @@ ROWS = {
 
 
 def lists_of(settings: dict[str, Any]) -> BlockLists:
-    """Of documents of 150, 1 and 81 tokens, key blocks of 4, two key heads."""
+    """Of documents of 150, 1 and 81 tokens, key blocks of 4, two key heads, one query block that sees everything."""
     positions = torch.cat([torch.arange(n) for n in (150, 1, 81)])[None].to(DEVICE)
     layout = build_layout(1, 232, 4, DEVICE, None, positions)
     labelled = torch.arange(232) == 140
@@ -62,6 +62,19 @@ def by_loops(lists: BlockLists) -> list[list[list[tuple[int, float]]]]:
     return found
 
 
+def listed_by_loops(lists: BlockLists) -> list[list[list[tuple[int, float]]]]:
+    """The same without ranges, in which query blocks must be once, in order, and without a weight."""
+    grid, found = lists.grid, by_loops(lists)
+    ranges = [list(range(*ends)) for ends in zip(grid.query_of_key, grid.range_end, strict=True)]
+    for head in found:
+        for seen, ranged in zip(head, ranges, strict=True):
+            assert [(i, boost) for i, boost in seen if i in ranged] == [(i, 0.0) for i in ranged]
+    return [
+        [[(i, boost) for i, boost in seen if i not in ranged] for seen, ranged in zip(head, ranges, strict=True)]
+        for head in found
+    ]
+
+
 def numbers(found: list[list[list[tuple[int, float]]]]) -> list[list[list[int]]]:
     return [[[i for i, _ in seen] for seen in head] for head in found]
 
@@ -76,7 +89,7 @@ def taken_apart(turned: KeyLists) -> list[list[list[int]]]:
 def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_lists, "_AT_ONCE", at_once)
     lists = lists_of(LISTS[which])
-    turned, weighted = lists.turned, by_loops(lists)
+    turned, weighted = lists.turned, listed_by_loops(lists)
     wanted = numbers(weighted)
     assert (turned.boost is not None) == (which == "sampled")
     if turned.boost is not None:
@@ -85,11 +98,21 @@ def test_lists_turned_round_are_those_of_loops(which: str, at_once: int, monkeyp
     assert len(wanted) == (2 if which in ("random", "sampled") else 1)
     assert taken_apart(turned) == wanted
     assert turned.seers.dtype == torch.int32
-    for order, seen in zip(turned.order.tolist(), wanted, strict=True):
+    assert turned.seers.numel() == len(wanted) * lists.grid.listed.sum()
+    for order, seen in zip(turned.order.tolist(), numbers(by_loops(lists)), strict=True):
         lengths = [len(seen[j]) for j in order]
         assert sorted(order) == list(range(len(seen)))
         assert lengths == sorted(lengths, reverse=True)
-    assert all(seen[j][0] == i for seen in wanted for j, i in enumerate(lists.grid.query_of_key))
+
+
+@pytest.mark.parametrize("which", LISTS)
+def test_what_sees_everything_keeps_others_in_their_ranges(which: str) -> None:
+    """Chosen key blocks are listed, and of runs only what one that sees everything sees more than those after it."""
+    grid = lists_of(LISTS[which]).grid
+    more = grid.listed - grid.chosen
+    dense = [i for i, (a, b) in enumerate(zip(grid.query_first, grid.query_end, strict=True)) if a <= 140 < b]
+    assert more.nonzero()[0].tolist() == ([] if which == "everything" else dense)
+    assert more.max() < grid.count[dense[0]]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -108,13 +131,19 @@ def test_tiles_that_see_a_key_block_are_those_of_loops(which: str, most: int, ro
     spread = lists.spread(tiles)
     weighted = [
         [[(t, boost) for i, boost in seen for t, b in enumerate(block) if b == i] for seen in head]
-        for head in by_loops(lists)
+        for head in listed_by_loops(lists)
     ]
     assert taken_apart(spread) == numbers(weighted)
     if spread.boost is not None:
         assert spread.boost.tolist() == [boost for head in weighted for seen in head for _, boost in seen]
-    own = [sum(b == i for b in block) for i in grid.query_of_key]
-    assert spread.own.tolist() == own
+    for order, seen in zip(spread.order.tolist(), numbers(by_loops(lists)), strict=True):
+        lengths = [sum(block.count(i) for i in seen[j]) for j in order]
+        assert lengths == sorted(lengths, reverse=True)
+    ranges = zip(*(x.tolist() for x in (tiles.range_first, tiles.range_full, tiles.range_end)), strict=True)
+    for j, (begin, full, stop) in enumerate(ranges):
+        last_row = grid.query_end[grid.range_end[j] - 1]
+        assert kept[begin:full].tolist() == [row for row in kept if grid.key_first[j] <= row < grid.key_end[j]]
+        assert kept[full:stop].tolist() == [row for row in kept if grid.key_end[j] <= row < last_row]
 
 
 def test_what_layers_share_is_made_once() -> None:

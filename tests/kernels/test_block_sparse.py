@@ -42,6 +42,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "one window block": {"choice": "random", "density": 0.55, "window": 1},
     "window": {"choice": "none", "density": 0.5},
     "everything": {"choice": "random", "density": 1.0},
+    "some dense": {"choice": "sampled", "density": 0.4, "labelled": "dense"},
 }
 
 
@@ -75,7 +76,8 @@ def exact(q: Any, k: Any, v: Any, grad: Any, bias: torch.Tensor, scale: float, d
 def lists_of(batch: str, choice: dict[str, Any], heads: int, window: int | None, block: int = 16) -> Any:
     given = {key: x.to(DEVICE) if torch.is_tensor(x) else x for key, x in BATCHES[batch].items()}
     layout = build_layout(block_size=16, device=torch.device(DEVICE), **given)
-    attend = build_grid(layout, Attend(**choice, block=block), heads, window)
+    labelled = torch.arange(layout.rows) % 90 == 80 if "labelled" in choice else None
+    attend = build_grid(layout, Attend(**choice, block=block), heads, window, labelled)
     some = torch.randn(heads, layout.rows, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return layout, choose_blocks(attend, some, some, 1.0, lambda: 5)
 
@@ -123,7 +125,7 @@ def test_all_rows(batch: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(monkeypatch, batch, choice)
 
 
-@pytest.mark.parametrize("choice", ["random", "sampled"])
+@pytest.mark.parametrize("choice", ["random", "sampled", "some dense"])
 @pytest.mark.parametrize("which", ["scattered", "few", "end", "none"])
 @pytest.mark.parametrize("batch", ["one", "padding", "packed"])
 def test_some_rows(batch: str, which: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +168,21 @@ def test_many_heads_share_a_key_head(which: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_any_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, "one", "one window block", "all", dtype=DTYPES[-1], d=64, block=block)
+
+
+@pytest.mark.parametrize("choice", ["random", "sampled", "some dense"])
+def test_a_short_last_block_that_chose(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tiles fill blocks, only a document's last one needs a look at its end."""
+    monkeypatch.setitem(BATCHES, "long", {"batch": 1, "length": 424})
+    _, lists = lists_of("long", CHOICES[choice], 2, None, 32)
+    grid = lists.grid
+    assert grid.query_end[-1] - grid.query_first[-1] == 40 < grid.longest == 64
+    assert grid.chosen[-1]
+    if choice == "sampled":
+        boosts = lists.boosts(torch.tensor([len(grid.chosen) - 1]), torch.arange(grid.chosen[-1]))
+        assert boosts is not None
+        assert boosts.any()
+    check(monkeypatch, "long", choice, block=32)
 
 
 def test_results_repeat_bit_by_bit() -> None:

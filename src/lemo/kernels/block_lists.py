@@ -6,7 +6,8 @@ the host, so that nothing waits for the device. `BlockLists` adds the chosen one
 head. Drawn ones stand for others too: their keys' scores get the logarithm of a weight.
 
 The kernels work in tiles of queries of one block; `cut_tiles` cuts any ascending ones, all or some. For the gradients
-of keys and values `turn_round` lists for each key block the query blocks that see it, and `spread` the tiles of some
+of keys and values, the query blocks whose runs hold a key block follow each other, its own first: a range, known on the
+host too. `turn_round` lists for each key block the other query blocks that see it, and `spread` the tiles of some
 queries in these blocks. What depends on the lists or the queries alone is made once.
 
 nq query blocks, nk key blocks over the whole batch, N queries, K key heads, or 1 where they share their lists.
@@ -70,17 +71,37 @@ class BlockGrid:
     @functools.cached_property
     def here(self) -> GridTensors:
         """What the kernels read, on the device; staged from pageable memory, so nothing waits."""
-        run = self.query_first - (self.count - self.tail - self.chosen) * self.key_block
         return GridTensors(
             count=on_device(self.count, torch.int32, self.device),
             chosen=on_device(self.chosen, torch.int32, self.device),
             start=on_device(self.start, torch.int64, self.device),
-            run=on_device(run, torch.int32, self.device),
+            run=on_device(self.run, torch.int32, self.device),
             key_first=on_device(self.key_first, torch.int32, self.device),
             key_end=on_device(self.key_end, torch.int32, self.device),
             query_first=on_device(self.query_first, torch.int32, self.device),
             query_end=on_device(self.query_end, torch.int32, self.device),
         )
+
+    @functools.cached_property
+    def run(self) -> Integers:
+        """First row of each query block's run, [nq]."""
+        return self.query_first - (self.count - self.tail - self.chosen) * self.key_block
+
+    @functools.cached_property
+    def ranged(self) -> Integers:
+        """From which row on each run belongs to ranges, [nq]: nowhere before an earlier query block's, so that those
+        whose runs hold a key block follow each other. What one that sees everything sees more is listed instead."""
+        return np.maximum.accumulate(self.run)
+
+    @functools.cached_property
+    def listed(self) -> Integers:
+        """How many of each query block's list, the first, belong to no range, [nq]."""
+        return self.chosen + (self.ranged - self.run) // self.key_block
+
+    @functools.cached_property
+    def range_end(self) -> Integers:
+        """One past the last query block of each key block's range, which `query_of_key` begins, [nk]."""
+        return np.searchsorted(self.ranged, self.key_first, side="right")
 
     @property
     def padded(self) -> bool:
@@ -244,6 +265,8 @@ class RowTiles:
         first, end: queries of each tile, int32 [tiles].
         position: each query's row, int32 [N].
         lowest: the first key that each may see, int32 [N]; None where nothing cuts.
+        range_first, range_full, range_end: of each key block's range, the first query that is in the key block or after
+            it, the first after it, and one past the last, int32 [nk].
     """
 
     per_block: Integers
@@ -252,6 +275,9 @@ class RowTiles:
     end: Tensor
     position: Tensor
     lowest: Tensor | None
+    range_first: Tensor
+    range_full: Tensor
+    range_end: Tensor
 
 
 def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, most: int) -> RowTiles:
@@ -262,11 +288,12 @@ def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, most: int) -> RowTiles:
         host_rows: the queries' rows, int64 [N], ascending, on the CPU; None for all rows.
         most: queries of a tile.
     """
-    if host_rows is None:
-        rows, begin, stop = np.arange(grid.rows), grid.query_first, grid.query_end
-    else:
-        rows = host_rows.numpy()
-        begin, stop = np.searchsorted(rows, grid.query_first), np.searchsorted(rows, grid.query_end)
+    rows = np.arange(grid.rows) if host_rows is None else host_rows.numpy()
+
+    def query_at(row: Integers) -> Integers:
+        return row if host_rows is None else np.searchsorted(rows, row)
+
+    begin, stop = query_at(grid.query_first), query_at(grid.query_end)
     per_block = -(-(stop - begin) // most)
     block = np.repeat(np.arange(len(per_block)), per_block)
     first = begin[block] + (np.arange(len(block)) - np.repeat(per_block.cumsum() - per_block, per_block)) * most
@@ -277,24 +304,25 @@ def cut_tiles(grid: BlockGrid, host_rows: Tensor | None, most: int) -> RowTiles:
         end=on_device(np.minimum(first + most, stop[block]), torch.int32, grid.device),
         position=on_device(rows, torch.int32, grid.device),
         lowest=None if grid.lowest is None else on_device(grid.lowest[rows], torch.int32, grid.device),
+        range_first=on_device(query_at(grid.key_first), torch.int32, grid.device),
+        range_full=on_device(query_at(grid.key_end), torch.int32, grid.device),
+        range_end=on_device(stop[grid.range_end - 1], torch.int32, grid.device),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class KeyLists:
-    """For each key block the query blocks, or the tiles of queries, that see it.
+    """For each key block the query blocks, or the tiles of queries, that see it and aren't in its range.
 
     Attributes:
         seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
         start: int64 [K or 1, nk + 1].
-        own: how many of them, the first, lie in the key block's query block, int32 [nk].
-        order: key blocks, those with most first, int32 [K or 1, nk].
+        order: key blocks, those that most see first, ranges included, int32 [K or 1, nk].
         boost: logarithm to base 2 of the weight that the key block has for each seer, fp32; None where all are 1.
     """
 
     seers: Tensor
     start: Tensor
-    own: Tensor
     order: Tensor
     boost: Tensor | None
 
@@ -306,11 +334,11 @@ def turn_round(lists: BlockLists) -> KeyLists:
     """
     grid, device = lists.grid, lists.entries.device
     (heads, nq), nk = grid.start.shape, len(grid.key_first)
-    pairs = int(grid.count.sum())
-    # Every (query block, slot of its list) pair, query block by query block.
+    pairs = int(grid.listed.sum())
+    # Every (query block, slot of its list) pair beside the ranges', query block by query block.
     query = torch.arange(nq, dtype=torch.int32, device=device)
-    query = query.repeat_interleave(grid.here.count, output_size=pairs)
-    before = on_device(grid.count.cumsum() - grid.count, torch.int64, device)
+    query = query.repeat_interleave(on_device(grid.listed, torch.int32, device), output_size=pairs)
+    before = on_device(grid.listed.cumsum() - grid.listed, torch.int64, device)
     slot = torch.arange(pairs, device=device) - before[query]
     ends = torch.cat([grid.here.key_first, grid.here.key_first.new_full((1,), _ALL)])
     seers, start = query.new_empty(heads, pairs), slot.new_empty(heads, nk + 1)
@@ -326,15 +354,15 @@ def turn_round(lists: BlockLists) -> KeyLists:
             boost[k : k + step] = weights.gather(1, order)
         start[k : k + step] = torch.searchsorted(key_row, ends.expand(len(key_row), -1).contiguous())
     start += pairs * torch.arange(heads, device=device)[:, None]
-    own = torch.ones(nk, dtype=torch.int32, device=device)
-    return KeyLists(seers.flatten(), start, own, _longest_first(start), None if boost is None else boost.flatten())
+    order = _longest_first(start, grid, np.ones(nq, dtype=np.int64))
+    return KeyLists(seers.flatten(), start, order, None if boost is None else boost.flatten())
 
 
 def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
     """Lists of tiles in the place of lists of the query blocks that these lie in; nothing waits, a head at a time."""
     device = turned.seers.device
-    heads, pairs = len(turned.start), int(grid.count.sum())
-    total = int((grid.count * tiles.per_block).sum())
+    heads, pairs = len(turned.start), int(grid.listed.sum())
+    total = int((grid.listed * tiles.per_block).sum())
     per_block = on_device(tiles.per_block, torch.int32, device)
     first = (per_block.cumsum(0) - per_block).int()
     assert total <= _ALL, "tiles of one head are counted in int32"
@@ -351,12 +379,15 @@ def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
             boost[k] = turned.boost.view(heads, pairs)[k].repeat_interleave(count, output_size=total)
         start[k] = before[turned.start[k] - k * pairs] + k * total
     seers += torch.arange(total, dtype=torch.int32, device=device)
-    own = per_block[on_device(grid.query_of_key, torch.int64, device)]
-    return KeyLists(seers.flatten(), start, own, _longest_first(start), None if boost is None else boost.flatten())
+    order = _longest_first(start, grid, tiles.per_block)
+    return KeyLists(seers.flatten(), start, order, None if boost is None else boost.flatten())
 
 
-def _longest_first(start: Tensor) -> Tensor:
-    return start.diff(dim=1).argsort(dim=1, descending=True, stable=True).int()
+def _longest_first(start: Tensor, grid: BlockGrid, per_block: Integers) -> Tensor:
+    """Key blocks by how many see them: those listed, and `per_block` for each query block of the range."""
+    before = np.concatenate([[0], per_block.cumsum()])
+    ranged = on_device(before[grid.range_end] - before[grid.query_of_key], torch.int64, start.device)
+    return (start.diff(dim=1) + ranged).argsort(dim=1, descending=True, stable=True).int()
 
 
 def on_device(values: NDArray[np.int64] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

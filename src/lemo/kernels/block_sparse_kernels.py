@@ -2,7 +2,8 @@
 
 A tile has `BM` lanes. Lane i is head i % HEADS of row i // HEADS: of all rows, one head's lie side by side; where few
 of a block are kept, the heads that share a key head fill the tile. Where lanes lie from a tile's first is the same for
-all tiles, so that a loop adds one number: addresses by lane were two thirds of its instructions.
+all tiles, so that a loop adds one number: addresses by lane were two thirds of its instructions. Tiles that follow each
+other, keys of a run and queries of a range, are found by arithmetic: loads of later ones wait for no list.
 
 H query heads, K key/value heads, GROUP = H/K; D head size, BD that of tiles; a tile has BN keys, PARTS of them a key
 block; CUT: a sliding window cuts, and every tile needs a mask.
@@ -18,11 +19,11 @@ from lemo.kernels.tiles import key_step, load_tile, query_step, softmax_step, st
 
 
 @triton.jit
-def _lanes(END, tile, first, HEADS: tl.constexpr, BM: tl.constexpr):
-    """Row after the tile's first and head of each lane, and whether it is a query."""
+def _lanes(queries, HEADS: tl.constexpr, BM: tl.constexpr):
+    """Row after the tile's first and head of each lane, and whether it is one of the queries from there on."""
     lane = tl.arange(0, BM)
     row = lane // HEADS
-    live = row < tl.load(END + tile) - first
+    live = row < queries
     if BM % HEADS:
         live = live & (row < BM // HEADS)
     return row, lane % HEADS, live
@@ -146,7 +147,7 @@ def forward(
     tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
-    row, head, live = _lanes(END, tile, first, HEADS, BM)
+    row, head, live = _lanes(tl.load(END + tile) - first, HEADS, BM)
     begin, end, run, own, limit = _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
@@ -241,7 +242,7 @@ def backward_queries(
     tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
-    row, head, live = _lanes(END, tile, first, HEADS, BM)
+    row, head, live = _lanes(tl.load(END + tile) - first, HEADS, BM)
     begin, end, run, own, limit = _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     given, place_given = h * soh + first * son, _offsets(row, head, son, soh, HEADS)
@@ -271,45 +272,35 @@ def backward_queries(
 
 @triton.jit
 def _key_gradient(
-    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, BOOST, start, stop, leap_at, leap, kv, N,
-    scale_log2, dk, dv,
+    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, first, end, h, boost, N, scale_log2, dk, dv,
     sqh, sqn, sqd, soh, son,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Over tiles `start` to `stop`, of which those from `leap_at` on lie `leap` further on."""
-    SPLIT: tl.constexpr = GROUP // HEADS
-    for counted in range(start, stop):
-        place = counted
-        if MASKED:
-            place += tl.where(counted < leap_at, 0, leap)
-        tile = tl.load(SEERS + place // (CHUNKS * SPLIT))
-        h = kv * GROUP + place % SPLIT * HEADS
-        first = tl.load(FIRST + tile).to(tl.int64) + place // SPLIT % CHUNKS * (BM // HEADS)
-        row, head, live = _lanes(END, tile, first, HEADS, BM)
-        q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
-        do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
-        place_lse = _offsets(row, head, 1, N, HEADS)
-        if CHECKED:
-            lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
-            delta = tl.load(DELTA + h * N + first + place_lse, mask=live, other=0.0)
-        else:
-            lse = tl.load(LSE + h * N + first + place_lse)
-            delta = tl.load(DELTA + h * N + first + place_lse)
-        if WEIGHTED:
-            lse -= tl.load(BOOST + place // (CHUNKS * SPLIT))
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
-        if MASKED:
-            p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
-        dk, dv = key_step(p, q, do, delta, v, dk, dv, PRECISION)
-    return dk, dv
+    """A tile of queries from `first` on, those before `end`, which is looked at where `CHECKED`."""
+    h, first = h.to(tl.int64), first.to(tl.int64)
+    row, head, live = _lanes(end - first, HEADS, BM)
+    q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
+    do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
+    place_lse = _offsets(row, head, 1, N, HEADS)
+    if CHECKED:
+        lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
+        delta = tl.load(DELTA + h * N + first + place_lse, mask=live, other=0.0)
+    else:
+        lse = tl.load(LSE + h * N + first + place_lse)
+        delta = tl.load(DELTA + h * N + first + place_lse)
+    if WEIGHTED:
+        lse -= boost
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+    if MASKED:
+        p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
+    return key_step(p, q, do, delta, v, dk, dv, PRECISION)
 
 
 @triton.jit
 def backward_keys(
-    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, FIRST, END,
-    SEERS, BOOST, START, start_h, OWN, ORDER, order_h, KEY_FIRST, KEY_END,
+    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, RANGE_FIRST, RANGE_FULL, RANGE_END,
+    FIRST, END, SEERS, BOOST, START, start_h, ORDER, order_h, KEY_FIRST, KEY_END,
     scale_log2, scale, N, heads,
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -317,36 +308,68 @@ def backward_keys(
     CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
-    TILES: tl.constexpr = CHUNKS * (GROUP // HEADS)
+    SPLIT: tl.constexpr = GROUP // HEADS
+    ROWS: tl.constexpr = BM // HEADS
     # One dimension: a grid's others end at 65,535. The longest lists of all heads go first.
     kv = (tl.program_id(0) % heads).to(tl.int64)
+    h = kv.to(tl.int32) * GROUP
     block = tl.load(ORDER + kv * order_h + tl.program_id(0) // heads // PARTS)
     limit = tl.load(KEY_END + block)
     keys = tl.load(KEY_FIRST + block) + tl.program_id(0) // heads % PARTS * BN + tl.arange(0, BN)
-    seen = tl.load(START + kv * start_h + block)
-    unseen = tl.load(START + kv * start_h + block + 1)
-    own = tl.minimum(seen + tl.load(OWN + block), unseen)
-    # Tiles are full, but a document's last query block may be short: its tiles go with those that need a mask.
-    ragged = unseen
-    if CUT:
-        own = unseen
-    elif FULL:
-        last = tl.load(SEERS + unseen - 1)
-        short = tl.load(END + last) - tl.load(FIRST + last) < CHUNKS * (BM // HEADS)
-        ragged = tl.maximum(tl.where(short, unseen - 1, unseen), own)
+    # Of the range the first tiles hold the keys' own rows and the last may be short; all between are full.
+    first, end = tl.load(RANGE_FIRST + block), tl.load(RANGE_END + block)
+    own = tl.cdiv((end if CUT else tl.load(RANGE_FULL + block)) - first, ROWS)
+    full = tl.maximum((end - first) // ROWS - own, 0)
+    masked = tl.cdiv(end - first, ROWS) - full
+    begin = tl.load(START + kv * start_h + block)
+    listed = (tl.load(START + kv * start_h + block + 1) - begin).to(tl.int32)
+    SEERS, BOOST = SEERS + begin, BOOST + begin
+    short = 0
+    if FULL:
+        # Of those listed a document's last query block may be short: its tiles go with the ones that need a mask.
+        last = tl.load(SEERS + listed - 1, mask=listed > 0, other=0)
+        last_first, last_end, last_boost = tl.load(FIRST + last), tl.load(END + last), 0.0
+        if WEIGHTED:
+            last_boost = tl.load(BOOST + listed - 1, mask=listed > 0, other=0.0)
+        is_short = (listed > 0) & (last_end - last_first < CHUNKS * ROWS)
+        short = tl.where(is_short, tl.cdiv(last_end - last_first, ROWS), 0)
+        listed -= tl.where(is_short, 1, 0)
     k = load_tile(K + kv * skh, keys, limit, skm, skd, D, BD)
     v = load_tile(V + kv * svh, keys, limit, svm, svd, D, BD)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
-    dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, BOOST,
-        seen * TILES, (own + unseen - ragged) * TILES, own * TILES, (ragged - own) * TILES, kv, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED,
-    )  # fmt: skip
-    dk, dv = _key_gradient(
-        k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, FIRST, END, SEERS, BOOST,
-        own * TILES, ragged * TILES, 0, 0, kv, N, scale_log2, dk, dv,
-        sqh, sqn, sqd, soh, son, GROUP, HEADS, CHUNKS, D, BD, BM, PRECISION, not FULL, False, CUT, WEIGHTED,
-    )  # fmt: skip
+    for place in range((masked + short) * SPLIT):
+        tile = place // SPLIT
+        at, stop, boost = first + (tile + tl.where(tile < own, 0, full)) * ROWS, end, 0.0
+        if FULL:
+            ranged = tile < masked
+            at = tl.where(ranged, at, last_first + (tile - masked) * ROWS)
+            stop, boost = tl.where(ranged, end, last_end), tl.where(ranged, 0.0, last_boost)
+        dk, dv = _key_gradient(
+            k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
+            dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED and FULL,
+        )  # fmt: skip
+    if not CUT:
+        for place in range(full * SPLIT):
+            at = first + (own + place // SPLIT) * ROWS
+            dk, dv = _key_gradient(
+                k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, at, end, h + place % SPLIT * HEADS, 0.0, N, scale_log2,
+                dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, BM % HEADS > 0, False, False, False,
+            )  # fmt: skip
+    for place in range(listed * (CHUNKS * SPLIT)):
+        seer = tl.load(SEERS + place // (CHUNKS * SPLIT))
+        if FULL:
+            # Query blocks of a document lie side by side, so nothing but the list need be read.
+            at, stop = last_first + (seer - last) * (CHUNKS * ROWS), 0
+        else:
+            at, stop = tl.load(FIRST + seer), tl.load(END + seer)
+        at += place // SPLIT % CHUNKS * ROWS
+        boost = 0.0
+        if WEIGHTED:
+            boost = tl.load(BOOST + place // (CHUNKS * SPLIT))
+        dk, dv = _key_gradient(
+            k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
+            dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, not FULL, CUT, CUT, WEIGHTED,
+        )  # fmt: skip
     store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)
     store_tile(DV + kv * sgh, dv, keys, limit, sgn, sgd, D, BD)
