@@ -179,7 +179,8 @@ def test_a_short_last_block_that_chose(choice: str, monkeypatch: pytest.MonkeyPa
     assert grid.query_end[-1] - grid.query_first[-1] == 40 < grid.longest == 64
     assert grid.chosen[-1]
     if choice == "sampled":
-        boosts = lists.boosts(torch.tensor([len(grid.chosen) - 1]), torch.arange(grid.chosen[-1]))
+        last, slots = (torch.tensor(x, device=DEVICE) for x in ([len(grid.chosen) - 1], range(grid.chosen[-1])))
+        boosts = lists.boosts(last, slots)
         assert boosts is not None
         assert boosts.any()
     check(monkeypatch, "long", choice, block=32)
