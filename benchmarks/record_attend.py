@@ -3,13 +3,14 @@
 `python -m benchmarks.record_attend TOKENS FILE.jsonl`, on a GPU; bf16.
 
 Rates are per computed work: of a causal attention's operations (two products forward, five backward) the share that
-the lists hold. `kept rows` are every eighth token's queries, over the same lists.
+the lists hold. `kept rows` are every eighth token's queries, over the same lists. Everything is measured in turns,
+several times: a card's clock falls as it warms, by more than what is to be told apart.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,8 +34,10 @@ from lemo.types import SequenceLayout
 SHAPE, H, K, D = "llama-3-8b", 32, 8, 128
 SCALE = D**-0.5
 DENSITIES = (0.15, 0.25, 1.0)
+ROUNDS = 3
 KEPT_EVERY = 8
 Choice = Literal["none", "sampled"]
+LOOK: float = Attend.model_fields["look"].default
 PRODUCTS = {"forward": 2, "backward": 5}
 
 
@@ -62,12 +65,14 @@ class Setting:
         )
 
 
-def setting(T: int, density: float, block: int, choice: Choice) -> Setting:
+def setting(T: int, density: float, block: int, choice: Choice, look: float = LOOK) -> Setting:
     """Random queries, keys and values."""
     drawn = [torch.randn(T, heads, D, device="cuda", dtype=torch.bfloat16).transpose(0, 1) for heads in (H, K, K)]
     layout = build_layout(1, T, 64, torch.device("cuda"))
-    attend = build_grid(layout, Attend(density=density, block=block, choice=choice), K, None)
+    attend = build_grid(layout, Attend(density=density, block=block, choice=choice, look=look), K, None)
     name = f"density {density}, blocks of {block}" + ("" if choice == "none" else f", {choice}")
+    if look != LOOK:
+        name += f", look {look}"
     return Setting(name, *drawn, layout, attend)
 
 
@@ -83,9 +88,9 @@ def measured(name: str, kind: str, work: float | None, T: int, run: Callable[[],
 
 
 @torch.no_grad()
-def block_sparse_rows(T: int, density: float, block: int, choice: Choice = "none") -> list[Record]:
+def block_sparse_rows(T: int, density: float, block: int, choice: Choice = "none", look: float = LOOK) -> list[Record]:
     """Choice, and attention of all rows and of kept ones, at one density."""
-    s = setting(T, density, block, choice)
+    s = setting(T, density, block, choice, look)
     rows = [
         measured(s.name, "grid", None, T, lambda: build_grid(s.layout, s.attend.attend, K, None)),
         measured(s.name, "choice", None, T, lambda: choose_blocks(s.attend, s.q, s.k, SCALE, lambda: 0)),
@@ -118,6 +123,27 @@ def dense_rows(T: int, backend: SDPBackend, name: str) -> list[Record]:
     return [forward, measured(f"{name}:", "backward", 1.0, T, backward)]
 
 
+def one_round(T: int) -> list[Record]:
+    """Every row once."""
+    found = dense_rows(T, SDPBackend.FLASH_ATTENTION, "FlashAttention-2")
+    found += dense_rows(T, SDPBackend.CUDNN_ATTENTION, "cuDNN")
+    for share in DENSITIES:
+        found += block_sparse_rows(T, share, 64)
+    found += block_sparse_rows(T, DENSITIES[0], 128)
+    found += block_sparse_rows(T, DENSITIES[0], 64, "sampled")
+    for block, look in ((64, LOOK), (32, 0.25), (16, 0.5)):
+        found += block_sparse_rows(T, 0.1, block, "sampled", look)
+    return found
+
+
+def middle(rows: Sequence[Record]) -> Record:
+    """Of one thing's rows the one of median time, with the range of all."""
+    row = sorted(rows, key=lambda row: row.step_ms or 0.0)[len(rows) // 2]
+    row.step_ms_min = min(r.step_ms_min for r in rows if r.step_ms_min is not None)
+    row.step_ms_max = max(r.step_ms_max for r in rows if r.step_ms_max is not None)
+    return row
+
+
 def table(rows: list[Record]) -> str:
     """Milliseconds and TFLOP/s, a line each."""
     lines = []
@@ -129,11 +155,6 @@ def table(rows: list[Record]) -> str:
 
 if __name__ == "__main__":
     tokens, file = int(sys.argv[1]), sys.argv[2]
-    found = dense_rows(tokens, SDPBackend.FLASH_ATTENTION, "FlashAttention-2")
-    found += dense_rows(tokens, SDPBackend.CUDNN_ATTENTION, "cuDNN")
-    for share in DENSITIES:
-        found += block_sparse_rows(tokens, share, 64)
-    found += block_sparse_rows(tokens, DENSITIES[0], 128)
-    found += block_sparse_rows(tokens, DENSITIES[0], 64, "sampled")
+    found = [middle(rows) for rows in zip(*(one_round(tokens) for _ in range(ROUNDS)), strict=True)]
     records.write(found, Path(file))
     print(table(found))

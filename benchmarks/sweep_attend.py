@@ -66,11 +66,11 @@ def runs(T: int, block: int, kept: bool) -> tuple[dict[str, Run], float]:
     safe = Launch(64, 64, 4, 1)
     out, lse = block_sparse_forward(q, k, v, queries, SCALE, Launches(safe, safe, safe))
     grad = torch.randn_like(out)
-    _, delta = query_gradient(grad, q, k, v, out, lse, queries, SCALE, safe)
+    _, pairs = query_gradient(grad, q, k, v, out, lse, queries, SCALE, safe)
     return {
         "forward": lambda x: block_sparse_forward(q, k, v, queries, SCALE, Launches(x, x, x)),
         "queries": lambda x: query_gradient(grad, q, k, v, out, lse, queries, SCALE, x),
-        "keys": lambda x: key_gradients(grad, q, k, v, lse, delta, queries, SCALE, x),
+        "keys": lambda x: key_gradients(grad, q, k, v, pairs, queries, SCALE, x),
     }, s.attend.pairs(rows) / s.attend.causal_pairs
 
 

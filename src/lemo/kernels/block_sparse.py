@@ -101,8 +101,8 @@ def block_sparse_backward(
     lists = queries.lists
     launches = launches or _launches(q_HNd, lists)
     grad_NHd = grad_NHd.contiguous()
-    dq, delta = query_gradient(grad_NHd, q_HNd, k_KMd, v_KMd, out_NHd, lse_HN, queries, scale, launches.queries)
-    dk, dv = key_gradients(grad_NHd, q_HNd, k_KMd, v_KMd, lse_HN, delta, queries, scale, launches.keys)
+    dq, pairs = query_gradient(grad_NHd, q_HNd, k_KMd, v_KMd, out_NHd, lse_HN, queries, scale, launches.queries)
+    dk, dv = key_gradients(grad_NHd, q_HNd, k_KMd, v_KMd, pairs, queries, scale, launches.keys)
     return dq, dk, dv
 
 
@@ -117,22 +117,22 @@ def query_gradient(
     scale: float,
     launch: Launch,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of queries [H, N, d], and the rows' products of output and gradient, fp32 [H, N]."""
+    """Gradient of queries [H, N, d]; of each row `lse_HN` and the product of output and gradient, fp32 [H, N, 2]."""
     H, N, _ = q_HNd.shape
     K = k_KMd.shape[0]
     new = torch.zeros if queries.lists.grid.padded else torch.empty
-    delta = new(H, N, device=q_HNd.device, dtype=torch.float32)
+    pairs = new(H, N, 2, device=q_HNd.device, dtype=torch.float32)
     dq = new(q_HNd.shape, device=q_HNd.device, dtype=q_HNd.dtype)
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
     if len(tiles.block):
         with torch.cuda.device_of(q_HNd):
             backward_queries[(len(tiles.block) * (H // K // constants["HEADS"]), K)](
-                q_HNd, k_KMd, v_KMd, out_NHd, grad_NHd, lse_HN, delta, dq, *_of_tiles(tiles), *_of_lists(queries.lists),
+                q_HNd, k_KMd, v_KMd, out_NHd, grad_NHd, lse_HN, pairs, dq, *_of_tiles(tiles), *_of_lists(queries.lists),
                 scale * LOG2_E, scale, N,
                 *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dq.stride(),
                 **constants,
             )  # fmt: skip
-    return dq, delta
+    return dq, pairs
 
 
 def key_gradients(
@@ -140,13 +140,12 @@ def key_gradients(
     q_HNd: Tensor,
     k_KMd: Tensor,
     v_KMd: Tensor,
-    lse_HN: Tensor,
-    delta_HN: Tensor,
+    pairs_HN2: Tensor,
     queries: Queries,
     scale: float,
     launch: Launch,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of keys and values, [K, M, d] each; `delta_HN` is `query_gradient`'s."""
+    """Gradients of keys and values, [K, M, d] each; `pairs_HN2` are `query_gradient`'s."""
     K, N = k_KMd.shape[0], q_HNd.shape[1]
     lists, grid = queries.lists, queries.lists.grid
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
@@ -162,7 +161,7 @@ def key_gradients(
     dk, dv = (new(x.shape, device=x.device, dtype=x.dtype) for x in (k_KMd, v_KMd))
     with torch.cuda.device_of(q_HNd):
         backward_keys[(K * len(grid.key_first) * constants["PARTS"],)](
-            q_HNd, k_KMd, v_KMd, grad_NHd, lse_HN, delta_HN, dk, dv, *_rows_of(tiles),
+            q_HNd, k_KMd, v_KMd, grad_NHd, pairs_HN2.view(torch.int64), dk, dv, *_rows_of(tiles),
             tiles.range_first, tiles.range_full, tiles.range_end, first, end,
             seen_by.seers, _or(seen_by.boost, seen_by.seers), seen_by.start, _head_stride(seen_by.start),
             seen_by.order, _head_stride(seen_by.order), grid.here.key_first, grid.here.key_end,

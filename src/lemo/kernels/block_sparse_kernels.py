@@ -231,7 +231,7 @@ def _query_run(
 
 @triton.jit
 def backward_queries(
-    Q, K, V, O, DO, LSE, DELTA, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
+    Q, K, V, O, DO, LSE, PAIRS, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
     ENTRIES, BOOST, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END,
     scale_log2, scale, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
@@ -250,8 +250,10 @@ def backward_queries(
     out = _load(O + given, place_given, live, 1, D, BD, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     place_lse = _offsets(row, head, 1, N, HEADS)
-    tl.store(DELTA + h * N + first + place_lse, delta, mask=live)
     lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
+    PAIRS += 2 * (h * N + first)
+    tl.store(PAIRS + 2 * place_lse, lse, mask=live)
+    tl.store(PAIRS + 2 * place_lse + 1, delta, mask=live)
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     dq = tl.zeros([BM, BD], tl.float32)
     dq = _query_chosen(
@@ -272,7 +274,7 @@ def backward_queries(
 
 @triton.jit
 def _key_gradient(
-    k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, first, end, h, boost, N, scale_log2, dk, dv,
+    k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, first, end, h, boost, N, scale_log2, dk, dv,
     sqh, sqn, sqd, soh, son,
     HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
     CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -282,13 +284,14 @@ def _key_gradient(
     row, head, live = _lanes(end - first, HEADS, BM)
     q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
     do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
-    place_lse = _offsets(row, head, 1, N, HEADS)
+    # Two numbers a lane lie side by side: half the copies, which are a lane's each.
+    place_pair = _offsets(row, head, 1, N, HEADS)
     if CHECKED:
-        lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
-        delta = tl.load(DELTA + h * N + first + place_lse, mask=live, other=0.0)
+        pair = tl.load(PAIRS + h * N + first + place_pair, mask=live, other=0)
     else:
-        lse = tl.load(LSE + h * N + first + place_lse)
-        delta = tl.load(DELTA + h * N + first + place_lse)
+        pair = tl.load(PAIRS + h * N + first + place_pair)
+    lse = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    delta = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     if WEIGHTED:
         lse -= boost
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
@@ -299,7 +302,7 @@ def _key_gradient(
 
 @triton.jit
 def backward_keys(
-    Q, K, V, DO, LSE, DELTA, DK, DV, POSITION, LOWEST, RANGE_FIRST, RANGE_FULL, RANGE_END,
+    Q, K, V, DO, PAIRS, DK, DV, POSITION, LOWEST, RANGE_FIRST, RANGE_FULL, RANGE_END,
     FIRST, END, SEERS, BOOST, START, start_h, ORDER, order_h, KEY_FIRST, KEY_END,
     scale_log2, scale, N, heads,
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
@@ -346,14 +349,14 @@ def backward_keys(
             at = tl.where(ranged, at, last_first + (tile - masked) * ROWS)
             stop, boost = tl.where(ranged, end, last_end), tl.where(ranged, 0.0, last_boost)
         dk, dv = _key_gradient(
-            k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
+            k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
             dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED and FULL,
         )  # fmt: skip
     if not CUT:
         for place in range(full * SPLIT):
             at = first + (own + place // SPLIT) * ROWS
             dk, dv = _key_gradient(
-                k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, at, end, h + place % SPLIT * HEADS, 0.0, N, scale_log2,
+                k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, at, end, h + place % SPLIT * HEADS, 0.0, N, scale_log2,
                 dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, BM % HEADS > 0, False, False, False,
             )  # fmt: skip
     for place in range(listed * (CHUNKS * SPLIT)):
@@ -368,7 +371,7 @@ def backward_keys(
         if WEIGHTED:
             boost = tl.load(BOOST + place // (CHUNKS * SPLIT))
         dk, dv = _key_gradient(
-            k, v, keys, Q, DO, LSE, DELTA, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
+            k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
             dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, not FULL, CUT, CUT, WEIGHTED,
         )  # fmt: skip
     store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
-# Queries of a program of the first kernel, each of which reads all keys; as many fit by rows of so many bytes a head.
-QUERIES, ROW_BYTES = 128, 256
+# Queries of a program of the first kernel, and keys of its tiles, which hold one block or several small ones.
+QUERIES, KEYS = 64, 64
+# Rows of a head of at most so many bytes leave room for a tile in flight.
+ROW_BYTES = 256
 # Key blocks of a program of the second kernel.
 BLOCKS = 64
 
@@ -43,16 +45,17 @@ def block_masses(
     lse = torch.empty(H, N, device=q_HNd.device, dtype=torch.float32)
     mass = torch.empty(K, n, nk, device=q_HNd.device, dtype=torch.float32)
     small = power_of_2(d) * q_HNd.element_size() <= ROW_BYTES
-    queries = QUERIES if small else QUERIES // 2
+    keys = max(KEYS, key_block)
     if N:
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
-            _log_masses[(tiles_of(N, queries), H)](
+            _log_masses[(tiles_of(N, QUERIES), H)](
                 q_HNd, k_KTd, lowest_N, rows_N, log, lse, scale * LOG2_E, N, T, nk,
                 *q_HNd.stride(), *k_KTd.stride(),
-                GROUP=H // K, LOOKED=looked, D=d, BD=max(16, power_of_2(d)), BM=queries, BN=key_block,
+                GROUP=H // K, LOOKED=looked, D=d, BD=max(16, power_of_2(d)),
+                BM=QUERIES, BN=keys, PARTS=keys // key_block,
                 PRECISION="ieee" if q_HNd.dtype == torch.float32 else "tf32",
-                num_warps=queries // 16, num_stages=2 if small else 1,
+                num_warps=4, num_stages=2 if small else 1,
             )  # fmt: skip
             _mean_masses[(tiles_of(nk, BLOCKS), n, K)](
                 log, lse, lowest_N, rows_N, mass, N, nk,
@@ -66,7 +69,7 @@ def _log_masses(
     Q, KEYS, LOWEST, ROWS, LOG, LSE, scale_log2, N, T, nk,
     sqh, sqn, sqd, skh, skm, skd,
     GROUP: tl.constexpr, LOOKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last queries see most: they go first.
     n = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
@@ -80,33 +83,33 @@ def _log_masses(
     where = LOG + (head * N + n // LOOKED * LOOKED) * nk + n % LOOKED
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    # Of the blocks that some query sees those from `full` to `cut` are seen whole by all.
+    # Of the tiles that some query sees those from `full` to `cut` are seen whole by all.
     first, end = tl.min(lowest) // BN, tl.max(row) // BN + 1
     full = tl.minimum((tl.max(lowest) + BN - 1) // BN, end)
     cut = tl.maximum((tl.min(row) + 1) // BN, full)
     m, l = _through(
-        q, Kh, row, lowest, where, live, first, end - cut + full, full, cut - full, m, l, scale_log2, T, skm, skd,
-        LOOKED, D, BD, BN, PRECISION, True,
+        q, Kh, row, lowest, where, live, first, end - cut + full, full, cut - full, m, l, scale_log2, T, nk, skm, skd,
+        LOOKED, D, BD, BN, PARTS, PRECISION, True,
     )  # fmt: skip
     m, l = _through(
-        q, Kh, row, lowest, where, live, full, cut, 0, 0, m, l, scale_log2, T, skm, skd,
-        LOOKED, D, BD, BN, PRECISION, False,
+        q, Kh, row, lowest, where, live, full, cut, 0, 0, m, l, scale_log2, T, nk, skm, skd,
+        LOOKED, D, BD, BN, PARTS, PRECISION, False,
     )  # fmt: skip
     tl.store(LSE + head * N + n, m + tl.log2(l), mask=live)
 
 
 @triton.jit
 def _through(
-    q, Kh, row, lowest, where, live, start, stop, leap_at, leap, m, l, scale_log2, T, skm, skd,
-    LOOKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    q, Kh, row, lowest, where, live, start, stop, leap_at, leap, m, l, scale_log2, T, nk, skm, skd,
+    LOOKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(m, l), maxima and sums of rows, after blocks `start` to `stop`; those from `leap_at` on lie `leap` further."""
+    """(m, l), maxima and sums of rows, after tiles `start` to `stop`; those from `leap_at` on lie `leap` further."""
     for counted in range(start, stop):
-        block = counted
+        tile = counted
         if MASKED:
-            block += tl.where(counted < leap_at, 0, leap)
-        keys = block * BN + tl.arange(0, BN)
+            tile += tl.where(counted < leap_at, 0, leap)
+        keys = tile * BN + tl.arange(0, BN)
         k = load_tile(Kh, keys, T, skm, skd, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if MASKED:
@@ -114,11 +117,17 @@ def _through(
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen no key yet has no maximum.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        mass = tl.sum(tl.exp2(s - base[:, None]), 1)
-        l = l * tl.exp2(m - base) + mass
+        p = tl.exp2(s - base[:, None])
+        l = l * tl.exp2(m - base) + tl.sum(p, 1)
         m = m_new
         # A mass too small beside what came before is 0.
-        tl.store(where + block * LOOKED, base + tl.log2(mass), mask=live)
+        if PARTS == 1:
+            tl.store(where + tile * LOOKED, base + tl.log2(tl.sum(p, 1)), mask=live)
+        else:
+            block = tile * PARTS + tl.arange(0, PARTS)
+            masses = tl.sum(tl.reshape(p, (p.shape[0], PARTS, BN // PARTS)), 2)
+            there = live[:, None] & (block < nk)[None, :]
+            tl.store(where[:, None] + block[None, :] * LOOKED, base[:, None] + tl.log2(masses), mask=there)
     return m, l
 
 
