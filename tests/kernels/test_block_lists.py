@@ -24,13 +24,13 @@ ROWS = {
 }
 
 
-def lists_of(settings: dict[str, Any]) -> BlockLists:
-    """Of documents of 150, 1 and 81 tokens, key blocks of 4, two key heads, one query block that sees everything."""
+def lists_of(settings: dict[str, Any], heads: int = 2) -> BlockLists:
+    """Of documents of 150, 1 and 81 tokens, key blocks of 4, some key heads, one query block that sees everything."""
     positions = torch.cat([torch.arange(n) for n in (150, 1, 81)])[None].to(DEVICE)
     layout = build_layout(1, 232, 4, DEVICE, None, positions)
     labelled = torch.arange(232) == 140
-    grid = build_grid(layout, Attend(block=4, **settings), 2, None, labelled)
-    some = torch.randn(2, 232, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    grid = build_grid(layout, Attend(block=4, **settings), heads, None, labelled)
+    some = torch.randn(heads, 232, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return choose_blocks(grid, some, some, 1.0, lambda: 7)
 
 
@@ -160,3 +160,12 @@ def test_what_layers_share_is_made_once() -> None:
     assert grid.tiles(other, 8) is not tiles
     assert lists.spread(grid.tiles(other, 8)) is not spread
     assert grid.tiles(None, 8) is grid.tiles(None, 8)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("which", LISTS)
+def test_what_one_layer_made_is_dropped_and_what_layers_share_stays(which: str, heads: int) -> None:
+    lists = lists_of(LISTS[which], heads)
+    turned = lists.turned
+    lists.forget()
+    assert (lists.turned is turned) == (which in ("nearest", "everything"))

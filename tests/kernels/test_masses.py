@@ -45,7 +45,7 @@ def test_equals_the_twin(which: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     check(which, "grouped", 16, 16, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("d", [8, 40, 128])
 @pytest.mark.parametrize("heads", HEADS)
 def test_any_head_size_grouping_and_block(heads: str, d: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:

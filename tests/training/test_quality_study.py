@@ -268,7 +268,7 @@ def _die(job: Any) -> None:
         ("task: {kind: sft}\nmethods: [{method: lemo-backward, sparcity: {}}]", r"methods\[0\].sparcity; did you mean"),
         ("task: {kind: lm}\nmethods: [{method: labels-only}]", "leaves nothing out"),
         ("task: {kind: sft}\nmethods: [{method: longlora}, {method: longlora}]", "name the settings apart"),
-        ("task: {kind: sft}\nmethods: [{method: lora+ckpt, groups: 8}]", "groups belong to longlora"),
+        ("task: {kind: sft}\nmethods: [{method: lora+ckpt, groups: 4}]", "groups belong to longlora"),
         ("task: {kind: retrieval, keys: 4, questions: 9}", "can't exceed keys"),
         ("task: {kind: lm}\nseeds: []", "seeds"),
         ("methods: []", "task: must be given"),

@@ -134,7 +134,7 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
         ({"methods": [SPREAD, SPREAD]}, "two rows are lemo-backward"),
         ({"methods": [{"method": "lemo-forward", "sparsity": {}}]}, "needs sparsity.mode forward and no calibration"),
         ({"methods": [{"method": "longlora", "sparsity": {}}]}, "sparsity belongs to"),
-        ({"methods": [{"method": "lora", "groups": 8}]}, "groups belong to longlora"),
+        ({"methods": [{"method": "lora", "groups": 4}]}, "groups belong to longlora"),
         ({"methods": [SPREAD | {"placement": "recorded"}]}, "placement recorded needs placements"),
         ({"labels": 64}, "labels .64. must be fewer"),
         ({"shapes": [{"name": "smollm2-135m"}, {"name": "smollm2-135m"}]}, "two shapes are smollm2-135m"),

@@ -87,7 +87,7 @@ class MethodConfig(Frozen):
             `+attend`: with `sparsity.attend`.
         setting: names the row's knobs; unique among the rows of one method. `default` is the product's default.
         keep: `truncated` and `random-blocks`: share of tokens.
-        groups: `longlora`: how many a sequence is cut into.
+        groups: `longlora`: how many a sequence is cut into; None for the paper's four.
         sparsity: the lemo methods' settings.
         learning_rate: in place of `training.learning_rate`.
         seeds: the first so many of the study's seeds; None takes all.
@@ -110,7 +110,7 @@ class MethodConfig(Frozen):
     ]
     setting: str = "default"
     keep: Share | None = None
-    groups: Groups = GROUPS
+    groups: Groups | None = None
     sparsity: SparsityConfig | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     seeds: int | None = Field(default=None, ge=1)
@@ -183,9 +183,9 @@ def refuse_other_attend(method: str, sparsity: SparsityConfig) -> None:
         raise ValueError(f"sparsity.attend belongs to lemo-attend and methods with +attend (here: {method})")
 
 
-def refuse_other_groups(method: str, groups: int) -> None:
+def refuse_other_groups(method: str, groups: int | None) -> None:
     """Raises ValueError where a method that isn't LongLoRA is given groups."""
-    if groups != GROUPS and not method.startswith("longlora"):
+    if groups is not None and not method.startswith("longlora"):
         raise ValueError(f"groups belong to longlora (here: {method})")
 
 

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 
 from lemo.bench.baselines import shift_attention, truncate_rows
-from lemo.bench.config import MethodConfig, QualityConfig
+from lemo.bench.config import GROUPS, MethodConfig, QualityConfig
 from lemo.bench.cost import grouped_work
 from lemo.bench.tasks import Task
 from lemo.config import DataConfig, RunConfig, SparsityConfig
@@ -154,7 +154,7 @@ class Laboratory:
                 after_sparse=after_sparse,
                 keep=sums["keep_mean"] * self._share(method),
                 fidelity=sums["fidelity_mean"],
-                density=grouped_work(method.groups) if method.method == "longlora" else sums["density_mean"],
+                density=grouped_work(method.groups or GROUPS) if method.method == "longlora" else sums["density_mean"],
                 peak_gib=sums["peak_gib"],
                 peak_reserved_gib=sums["peak_reserved_gib"],
                 step_s=tuple(line["step_s"] for line in metrics),
@@ -197,7 +197,7 @@ class Laboratory:
             base, tokenizer = load_model(self.study.model, self.device)
             model = prepare_model(base, config)
             if method.method == "longlora":
-                shift_attention(model, method.groups)
+                shift_attention(model, method.groups or GROUPS)
             collate = Collator.for_tokenizer(tokenizer)
             trainer = LemoTrainer(
                 model,

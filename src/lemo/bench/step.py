@@ -21,6 +21,7 @@ from torch import Tensor
 import lemo
 from lemo.bench import records
 from lemo.bench.baselines import shift_attention
+from lemo.bench.config import GROUPS
 from lemo.bench.cost import (
     TERA,
     attended_work,
@@ -242,7 +243,7 @@ def _steps(config: StepConfig, place: Place, method: StepMethod, model: Any, dev
         statistics.mean(attention),
         statistics.mean(mlp),
         stats.fidelity_mean,
-        grouped_work(method.groups) if method.longlora else stats.density,
+        grouped_work(method.groups or GROUPS) if method.longlora else stats.density,
         work,
         peak.peak_gib,
         peak.peak_reserved_gib,
@@ -265,7 +266,7 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
     if method.method == "lora+logits":
         return lemo.restore(model)
     if method.longlora:
-        shift_attention(model, method.groups)
+        shift_attention(model, method.groups or GROUPS)
     runtime: Any = get_runtime(model)
     if method.forward:
         runtime.predictors = random_predictors(place.layers, model.config.hidden_size, device)

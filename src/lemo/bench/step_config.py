@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lemo.bench.config import GROUPS, Groups, Tokens, refuse_other_attend, refuse_other_groups, refuse_same_names
+from lemo.bench.config import Groups, Tokens, refuse_other_attend, refuse_other_groups, refuse_same_names
 from lemo.config import Frozen, LoraConfig, Share, SparsityConfig
 from lemo.config_io import flags, load
 
@@ -53,7 +53,7 @@ class StepMethod(Frozen):
             weights, of the size they have before they shrink: which blocks that gives says nothing about a real model,
             what it costs does. With `+ckpt` it and LongLoRA are checkpointed.
         setting: names the row's knobs; unique among the rows of one method.
-        groups: `longlora`: how many a sequence is cut into.
+        groups: `longlora`: how many a sequence is cut into; None for the paper's four.
         sparsity: the lemo methods' settings.
         placement: which blocks `lemo-backward` keeps. `energy`: those it chooses, which with random weights says little
             about a real model. `spread`: the labelled ones and as many others, evenly spread, as `keep` asks for;
@@ -78,7 +78,7 @@ class StepMethod(Frozen):
         "lemo-forward+ckpt",
     ]
     setting: str = "default"
-    groups: Groups = GROUPS
+    groups: Groups | None = None
     sparsity: SparsityConfig | None = None
     placement: Literal["energy", "spread", "recorded"] = "energy"
     keep: Share | None = None

@@ -165,11 +165,13 @@ class BlockLists:
         grid: where blocks lie.
         entries: first rows of chosen key blocks, int32; list i of key head k has `chosen[i]` from `start[k, i]` on.
         boost: logarithm to base 2 of each entry's weight, fp32; None where all are 1.
+        shared: whether several layers have them.
     """
 
     grid: BlockGrid
     entries: Tensor
     boost: Tensor | None = None
+    shared: bool = False
 
     def listed(self, query: Tensor, slot: Tensor, heads: slice = slice(None)) -> Tensor:
         """First rows of the key blocks in these slots of query blocks' lists, int32 [key heads, ...].
@@ -212,9 +214,9 @@ class BlockLists:
         return made[None]
 
     def forget(self) -> None:
-        """Drops what a backward made of lists that one layer alone has: all layers' would pile up until the step's end,
-        as much as the lists themselves and the runs. Those that heads share are layers' too."""
-        if len(self.grid.start) > 1:
+        """Drops what a backward made of one layer's lists: all layers' would pile up until the step's end. What layers
+        share stays."""
+        if not self.shared:
             for name in ("turned", "_spread"):
                 self.__dict__.pop(name, None)
 

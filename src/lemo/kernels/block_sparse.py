@@ -117,7 +117,10 @@ def query_gradient(
     scale: float,
     launch: Launch,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of queries [H, N, d]; of each row `lse_HN` and the product of output and gradient, fp32 [H, N, 2]."""
+    """Gradient of queries [H, N, d]; of each row `lse_HN` and the product of output and gradient, fp32 [H, N, 2].
+
+    `grad_NHd` and `out_NHd` are contiguous.
+    """
     H, N, _ = q_HNd.shape
     K = k_KMd.shape[0]
     new = torch.zeros if queries.lists.grid.padded else torch.empty

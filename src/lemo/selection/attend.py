@@ -115,7 +115,7 @@ class AttendGrid:
             seen = np.where(choosers.lowest > 0, next_one, 0)
             return on_device(seen, torch.int64, self.grid.device)[None, :, None], None
 
-        return _lists(self, nearest)
+        return replace(_lists(self, nearest), shared=True)
 
     def bare(self) -> AttendGrid:
         """The same without what was made of it on the device."""
@@ -297,9 +297,14 @@ def choose_blocks(
         "sampled": (looked, functools.partial(_drawn, generator)),
     }
     score, pick = ways[choice]
-    numbers = scores_of_looked(q_HNd, k_KMd, size, count) if choice == "sampled" else q_HNd.shape[0]
-    # Scores take as much memory as the queries do, or 256 MiB: small parts leave most of a GPU idle.
-    pairs = max(_SCORES_AT_ONCE, q_HNd.numel() // 2) // numbers
+    # Counted by their peaks: scores, their softmax, and of a draw a dozen arrays, some of them fp64.
+    numbers = {
+        "random": 3 * K,
+        "pooled": 3 * q_HNd.shape[0],
+        "sampled": scores_of_looked(q_HNd, k_KMd, size, count) + 16 * K,
+    }
+    # As much memory as the queries take, or 256 MiB: small parts leave most of a GPU idle.
+    pairs = max(_SCORES_AT_ONCE, q_HNd.numel() // 2) // numbers[choice]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return _lists(attend, functools.partial(_in_parts, attend, pairs, score, pick))
 
