@@ -34,7 +34,7 @@ TERA = 1e12
 
 
 def grouped_work(groups: int) -> float:
-    """Share of the causal work in LongLoRA: half of the heads in so many large groups, half in one fewer and two halves."""
+    """Share of the causal work in LongLoRA: half of the heads in so many long groups, half in one fewer, two halves."""
     return (1 / groups + (groups - 1 / 2) / groups**2) / 2
 
 
