@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.kernels.block_lists import BlockLists, RowTiles
+from lemo.kernels.block_grid import RowTiles
+from lemo.kernels.block_lists import BlockLists
 from lemo.kernels.block_sparse_kernels import backward_keys, backward_queries, forward
 from lemo.kernels.launches import Launch, Launches, launches_for
 from lemo.kernels.tiles import LOG2_E, power_of_2, tiles_of

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lemo.config import QUERY_BLOCKS, Attend
-from lemo.kernels.block_lists import BlockGrid, BlockLists, Integers, on_device
+from lemo.kernels.block_grid import BlockGrid, Integers, on_device
+from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend_mass import looked_at, looked_mass, pool, pooled_mass, scores_of_looked
 from lemo.selection.sampling import draw_systematically, inclusion_probabilities
 from lemo.types import SequenceLayout, TokenPlan
