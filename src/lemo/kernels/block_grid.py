@@ -2,8 +2,8 @@
 every layer. It is known on the host, so that nothing waits for the device.
 
 A query block's list (`lemo.kernels.block_lists`) is its chosen key blocks, then a run of those that follow each other
-up to its own end. The query blocks whose runs hold a key block follow each other, its own first: a range. The kernels work
-in tiles of queries of one block; `cut_tiles` cuts any ascending ones, all or some, once for whoever shares them.
+up to its own end. The query blocks whose runs hold a key block follow each other, its own first: a range. The kernels
+work in tiles of queries of one block; `cut_tiles` cuts any ascending ones, all or some, once for whoever shares them.
 
 nq query blocks, nk key blocks over the whole batch, N queries, M rows, K key heads, or 1 where they share their lists.
 """

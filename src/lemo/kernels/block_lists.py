@@ -1,8 +1,8 @@
 """Which blocks of keys each block of queries sees, as the block-sparse kernels take it.
 
 A query block's list is its chosen key blocks, then a run of those that follow each other up to its own end. Where
-blocks and runs lie and how many are chosen is `lemo.kernels.block_grid`'s. `BlockLists` adds the chosen ones, which may differ
-by layer and by key head. Drawn ones stand for others too: their keys' scores get the logarithm of a weight.
+blocks and runs lie and how many are chosen is `lemo.kernels.block_grid`'s. `BlockLists` adds the chosen ones, which may
+differ by layer and by key head. Drawn ones stand for others too: their keys' scores get the logarithm of a weight.
 
 For the gradients of keys and values `turn_round` lists for each key block the query blocks that see it beside those of
 its range, and `spread` the tiles of some queries in these blocks. What depends on the lists alone is made once.
