@@ -40,6 +40,7 @@ def test_every_operation_by_every_implementation(tmp_path: Path) -> None:
     names = [(d["op"], d["implementation"]) for d in details]
     assert names == [
         *((f"movement: {op}", by) for op in OPERATIONS for by in ("twin", "naive")),
+        ("movement: copy", "torch"),
         ("loss", "lemo"),
         ("loss", "logits"),
     ]
@@ -49,11 +50,12 @@ def test_every_operation_by_every_implementation(tmp_path: Path) -> None:
     by_name = dict(zip(names, details, strict=True))
     assert by_name["movement: read, add", "twin"]["gigabytes"] == pytest.approx(2.5 * unit)
     assert by_name["movement: read, add", "naive"]["gigabytes"] == pytest.approx(6 * unit)
+    assert by_name["movement: copy", "torch"]["gigabytes"] == pytest.approx(unit)
     assert by_name["loss", "lemo"]["tflop"] == pytest.approx(4 * 30 * 8 * 40 / 1e12)
     assert rows == records.read(tmp_path / "b" / "records.jsonl")
     lines = op_lines(rows)
     assert next(line for line in lines if line.details.op == "movement: read, add").by_bytes == pytest.approx(2.4)
-    assert len(ops_markdown(lines).splitlines()) == 4 + len(OPERATIONS) + 1
+    assert len(ops_markdown(lines).splitlines()) == 4 + len(OPERATIONS) + 2
     assert ops_markdown([]) == ""
     assert "movement: backward" in build_records(tmp_path / "b").read_text()
 
@@ -92,7 +94,7 @@ def test_a_stopped_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = ops.run_ops(benchmark(tmp_path / "b"), resume=True)
     assert rows[: len(first)] == first
     assert "loss" not in measured
-    assert len(measured) == 2 * len(OPERATIONS)
+    assert len(measured) == 2 * len(OPERATIONS) + 1
     with pytest.raises(UserError, match="repeats differ from the benchmark"):
         ops.run_ops(benchmark(tmp_path / "b", repeats=3), resume=True)
     with pytest.raises(UserError, match="go on with the benchmark"):

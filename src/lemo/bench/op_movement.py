@@ -9,6 +9,7 @@ Bytes are what each implementation must at least read and write, of T·D numbers
 | read, norm, add | 5 k | 4 + 6 k | |
 | read, add (the paper's) | 5 k | 4 + 4 k | |
 | backward | 6 k | 4 + 8 k | the gradient's rows 2 k, the norm's 3 k, zeros 1, scatter-add 3 k, addition 3 |
+| copy | | | torch's, of as many rows that lie together, 2 k: what a card makes of so few bytes |
 
 Shapes: T tokens, D width, N kept rows.
 """
@@ -184,6 +185,10 @@ def _naive_backward(t: _Tensors) -> Callable[[], tuple[Tensor, ...]]:
     return run
 
 
+def _copy(t: _Tensors) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (t.kept.copy_(t.y),)
+
+
 def _three(*parts: str) -> dict[str, _Call]:
     return {"kernels": _by(_kernels, *parts), "twin": _by(lambda: reference, *parts), "naive": _naive(*parts)}
 
@@ -198,4 +203,5 @@ _ALL = (
         {"kernels": _by(_kernels, "back"), "twin": _by(lambda: reference, "back"), "naive": _naive_backward},
         {"kernels": lambda k: 6 * k, "naive": lambda k: 4 + 8 * k},
     ),
+    ("copy", {"torch": _copy}, {"kernels": lambda k: 2 * k}),
 )
