@@ -71,7 +71,7 @@ def setting(T: int, density: float, block: int, choice: Choice, look: float = LO
     layout = build_layout(1, T, 64, torch.device("cuda"))
     attend = build_grid(layout, Attend(density=density, block=block, choice=choice, look=look), K, None)
     name = f"density {density}, blocks of {block}" + ("" if choice == "none" else f", {choice}")
-    if look != LOOK:
+    if choice == "sampled":
         name += f", look {look}"
     return Setting(name, *drawn, layout, attend)
 

@@ -81,7 +81,7 @@ class Attend(Frozen):
     density: Share | tuple[Share, ...] | None = 0.25
     window: int | None = Field(default=None, ge=1)
     choice: Literal["none", "pooled", "random", "sampled"] = "none"
-    look: Share = 0.125
+    look: Share = 0.0625
     labelled: Literal["dense", "sparse"] = "sparse"
     block: int = Field(default=64, ge=1)
 

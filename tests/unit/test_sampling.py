@@ -73,7 +73,7 @@ def test_likely_blocks_are_drawn_more_often() -> None:
     q[..., 0] += 3.0
     k[:, 80:88, 0] += 6.0
     layout = build_layout(1, 512, 8, torch.device("cpu"))
-    grid = build_grid(layout, Attend(density=0.2, choice="sampled", block=8), 2, None)
+    grid = build_grid(layout, Attend(density=0.2, choice="sampled", block=8, look=0.125), 2, None)
     choosers = grid.choosers[0]
     late = choosers.block * 16 - choosers.nearest * 8 > 88
     hits, boosts = [], []
@@ -96,7 +96,7 @@ def test_where_all_masses_underflow_blocks_are_drawn_evenly(dtype: torch.dtype) 
     q, k = (torch.zeros(2, 512, 8, dtype=dtype) for _ in range(2))
     q[..., 0], k[..., 0], k[:, :8, 0] = 30.0, -30.0, 30.0
     layout = build_layout(1, 512, 8, torch.device("cpu"))
-    grid = build_grid(layout, Attend(density=0.2, choice="sampled", block=8), 2, None)
+    grid = build_grid(layout, Attend(density=0.2, choice="sampled", block=8, look=0.125), 2, None)
     lists = choose_blocks(grid, q, k, 8**-0.5, lambda: 0)
     choosers = grid.choosers[0]
     assert lists.boost is not None
