@@ -73,6 +73,39 @@ def _block_pair_scores(
     return scores
 
 
+def best_pairs(q_HTd: Tensor, k_KTd: Tensor, block_size: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The token pair of the highest score in each block pair, of one document; torch alone.
+
+    Args:
+        q_HTd, k_KTd, block_size, window: as `block_pair_scores`'.
+
+    Returns:
+        Query rows and key rows, int64 [blocks, blocks], and whether a query of the block sees a key of the other, bool
+        alike; only where it does do the rows mean anything.
+    """
+    T, K, size = q_HTd.shape[1], k_KTd.shape[0], block_size
+    blocks = -(-T // size)
+    best = torch.zeros(blocks, blocks, dtype=torch.int64, device=q_HTd.device)
+    there = torch.zeros_like(best, dtype=torch.bool)
+    position = torch.arange(T, device=q_HTd.device)
+    step = max(1, _SCORES_AT_ONCE // (T * q_HTd.shape[0] * size)) * size
+    for start in range(0, T, step):
+        end = min(start + step, T)
+        pair = q_HTd[:, start:end].unflatten(0, (K, -1)) @ k_KTd[:, None, :end].mT
+        pair = pair.float().relu_().sum((0, 1))
+        seen = position[None, :end] <= position[start:end, None]
+        if window is not None:
+            seen &= position[None, :end] > position[start:end, None] - window
+        rows, columns = -(-(end - start) // size), -(-end // size)
+        padding = (0, columns * size - end, 0, rows * size - (end - start))
+        pair = torch.nn.functional.pad(pair.where(seen, -1.0), padding, value=-1.0)
+        largest, index = pair.view(rows, size, columns, size).transpose(1, 2).flatten(2).max(-1)
+        place = slice(start // size, start // size + rows), slice(0, columns)
+        best[place], there[place] = index, largest >= 0
+    first = size * torch.arange(blocks, device=q_HTd.device)
+    return first[:, None] + best // size, first + best % size, there
+
+
 def attention_informativeness(pair_scores: Tensor, causal: bool) -> Tensor:
     """A document's block scores from its pair scores, fp32 [blocks].
 
