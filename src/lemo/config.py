@@ -366,9 +366,13 @@ class EvaluationConfig(Frozen):
 
 
 class PredictorConfig(Frozen):
-    """How predictors are made (`lemo.selection.predictor_training`).
+    """How predictors are made: attention's by `lemo.selection.score_heads_training`, MLPs' by
+    `lemo.selection.predictor_training`.
 
     Args:
+        heads: virtual heads of a layer's attention; at most as many as its own.
+        head_steps: their training steps; 0 leaves them the true heads that they begin as.
+        head_rate: Adam's rate as a share of the weights' size; it falls to zero along a cosine.
         widths: rows of the three matrices before they shrink; of the last, the length of I(Q) and I(K).
         steps: training steps; all layers' predictors make each together.
         memory_gib: newest documents that a step's is drawn from, as many as take so many GiB on the model's device; of
@@ -378,6 +382,9 @@ class PredictorConfig(Frozen):
         prune_every: steps between prunings.
     """
 
+    heads: int = Field(default=4, ge=1)
+    head_steps: int = Field(default=200, ge=0)
+    head_rate: float = Field(default=0.003, gt=0)
     widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64, 32)
     steps: int = Field(default=4096, ge=1)
     memory_gib: float = Field(default=8.0, gt=0)

@@ -151,7 +151,9 @@ class ScoreHeads(nn.Module):
         # Thresholds were chosen for scores computed so.
         with torch.autocast(x_ND.device.type, enabled=False):
             q, k = self.positioned(x_ND, rotate)
-            pairs = (self.pair_scores(q[:, a:b], k[:, a:b], layout.block_size, window, mass) for a, b in layout.documents)
+            pairs = (
+                self.pair_scores(q[:, a:b], k[:, a:b], layout.block_size, window, mass) for a, b in layout.documents
+            )
             return torch.cat([attention_informativeness(of_document, causal) for of_document in pairs])
 
     def _stack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
