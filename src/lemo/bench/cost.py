@@ -8,7 +8,7 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | LoRA | 2: forward, gradient | 3.5: forward 1, backward 2.5 |
 | with gradient checkpointing | 3 | 4.5 |
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
-| `forward` | 2 keep, with checkpointing 3 keep, of each branch; predictors' first matrices once | 3.5 s, 4.5 s |
+| `forward` | 2 keep, with checkpointing 3 keep, of each branch; score heads and MLP predictors' first matrices once | 3.5 s, 4.5 s |
 | LongLoRA | as LoRA | 3.5 r, 4.5 r |
 | `attend` | 3 | 4.5 r |
 | `backward+attend` | as `backward` | r + 3.5 s |
@@ -100,8 +100,10 @@ class _Units:
         self.attention_linear = self.key_value + 2 * T * 2 * w.D * w.A
         self.mlp_linear = float(2 * T * len(w.mlp) * w.D * w.F)
         self.linear = self.attention_linear + self.mlp_linear
-        # Two networks' first matrices in attention, one's in the MLP.
-        self.choice = float(2 * T * w.D * 3 * PredictorConfig().widths[0])
+        # Score heads' queries and keys and their products for each visible pair; the MLP predictor's first matrix.
+        predictor = PredictorConfig()
+        heads = min(w.A, predictor.heads * w.d)
+        self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + T * (T + 1) * heads)
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * w.A)
         # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.

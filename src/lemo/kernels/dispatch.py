@@ -194,9 +194,9 @@ def loss_backend(x: Tensor, plain: bool) -> str:
 
 
 def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str:
-    """`triton` or `torch` for a predictor's look at every token; logged once for every reason."""
+    """`triton` or `torch` for an MLP predictor's look at every token; logged once for every reason."""
     reason = _reason_against_prediction(x, block_size, numbers, norm_known)
-    _note("prediction of informativeness", "torch" if reason else "triton", reason)
+    _note("prediction of MLPs' informativeness", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
 
 
@@ -208,7 +208,7 @@ def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_kn
     if block_size > LARGEST_PREDICTED_BLOCK:
         return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
     if numbers > MOST_NUMBERS:
-        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
+        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrix, not {numbers}"
     return _reason_against_dtype(x)
 
 
@@ -216,7 +216,7 @@ def ranking_backend(score: Tensor, longest: int) -> str:
     """`triton` or `torch` for ranking blocks by their scores; logged once for every reason.
 
     Args:
-        score: or what it is made of.
+        score: of the blocks.
         longest: blocks of the longest document.
     """
     reason = _reason_against_any(score)

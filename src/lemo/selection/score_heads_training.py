@@ -14,6 +14,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,9 +158,9 @@ def blocks_of_parts(exact: Tensor, parts: int) -> Tensor:
     return padded.unflatten(1, (-1, parts)).unflatten(0, (-1, parts)).amax((1, 3))
 
 
-def _groups(heads: ScoreHeads, rate: float) -> list[dict[str, object]]:
+def _groups(heads: ScoreHeads, rate: float) -> list[dict[str, Any]]:
     """The optimizer's: each tensor's rate is a share of its numbers' size."""
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     heads.requires_grad_(True).forget()
     for side in (heads.query, heads.key):
         size = side.matrix.detach().std().item()

@@ -136,11 +136,21 @@ def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) 
     total = activity.new_zeros(layout.block_tokens.numel())
     total.index_add_(0, layout.block_of_row[real], activity[real])
     score = total / layout.block_tokens
-    if not causal:
-        return score
-    first = torch.ones_like(layout.document_of_block, dtype=torch.bool)
-    first[1:] = layout.document_of_block.diff() != 0
-    return torch.where(first, 0.0, score.roll(1))
+    return previous_blocks(score, layout) if causal else score
+
+
+def block_means(rows: Tensor, size: int) -> Tensor:
+    """Mean over each block's rows, the last of which may be short; fp32 or wider, [..., n] of [..., N]."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    whole = rows.shape[-1] // size
+    mean = rows[..., : whole * size].unflatten(-1, (whole, size)).mean(-1, dtype=wide)
+    rest = rows[..., whole * size :]
+    return torch.cat([mean, rest.mean(-1, keepdim=True, dtype=wide)], -1) if rest.shape[-1] else mean
+
+
+def previous_blocks(score: Tensor, layout: SequenceLayout) -> Tensor:
+    """Each block's predecessor's score, 0 for a document's first; [blocks] of a batch."""
+    return score.roll(1).index_fill(0, layout.first_block, 0.0)
 
 
 def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSelection, layer: int) -> TokenPlan:
