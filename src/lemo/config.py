@@ -365,35 +365,6 @@ class EvaluationConfig(Frozen):
     sample_tokens: int = Field(default=64, ge=0)
 
 
-class PredictorConfig(Frozen):
-    """How predictors are made: attention's by `lemo.selection.score_heads_training`, MLPs' by
-    `lemo.selection.predictor_training`.
-
-    Args:
-        heads: virtual heads of a layer's attention; at most as many as its own.
-        head_steps: their training steps; 0 leaves them the true heads that they begin as.
-        head_rate: Adam's rate as a share of the weights' size; it falls to zero along a cosine.
-        widths: rows of the first two matrices of an MLP's predictor before they shrink.
-        steps: its training steps; all layers' predictors make each together.
-        memory_gib: newest documents that a step's is drawn from, as many as take so many GiB on the model's device; of
-            each branch.
-        learning_rate, weight_decay: AdamW's for an MLP's; the rate falls to zero along a cosine.
-        neurons: share of an MLP's first two matrices' rows that pruning leaves; 1 keeps all.
-        prune_every: steps between prunings.
-    """
-
-    heads: int = Field(default=4, ge=1)
-    head_steps: int = Field(default=200, ge=0)
-    head_rate: float = Field(default=0.003, gt=0)
-    widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64)
-    steps: int = Field(default=4096, ge=1)
-    memory_gib: float = Field(default=8.0, gt=0)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=1.0, ge=0)
-    neurons: float = Field(default=0.65, gt=0, le=1)
-    prune_every: int = Field(default=64, ge=1)
-
-
 class RunConfig(Frozen):
     """One run of `lemo finetune`: a YAML file plus `--set key=value`."""
 

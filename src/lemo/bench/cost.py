@@ -8,7 +8,7 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | LoRA | 2: forward, gradient | 3.5: forward 1, backward 2.5 |
 | with gradient checkpointing | 3 | 4.5 |
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
-| `forward` | 2 keep, with checkpointing 3 keep, of each branch; score heads and MLP predictors' first matrices once | 3.5 s, 4.5 s |
+| `forward` | 2 keep, with checkpointing 3 keep, of each branch; what predictors read and pair once | 3.5 s, 4.5 s |
 | LongLoRA | as LoRA | 3.5 r, 4.5 r |
 | `attend` | 3 | 4.5 r |
 | `backward+attend` | as `backward` | r + 3.5 s |
@@ -26,8 +26,8 @@ import torch
 
 from lemo.bench.shapes import SHAPES, Widths
 from lemo.bench.step_config import LIGER, checkpointed
-from lemo.config import PredictorConfig
 from lemo.selection.attend import AttendGrid
+from lemo.selection.predictor_config import PredictorConfig
 from lemo.types import TokenPlan
 
 TERA = 1e12

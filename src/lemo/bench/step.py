@@ -41,7 +41,7 @@ from lemo.bench.shapes import Widths, build_shape, full_depth
 from lemo.bench.step_config import StepConfig, StepMethod, load_step
 from lemo.bench.timing import free_memory, timed
 from lemo.bench.trl_step import check_trl, trl_steps
-from lemo.config import PredictorConfig, RunConfig, SparsityConfig, TrainingConfig
+from lemo.config import RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
 from lemo.errors import UserError
@@ -51,6 +51,7 @@ from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.selection.placement import place_blocks
 from lemo.selection.predictor import ActivityPredictor, Predictor
+from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.score_heads import random_heads
 from lemo.sparse.parts import part
 from lemo.training.directory import refuse_used

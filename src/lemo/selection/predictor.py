@@ -1,8 +1,8 @@
-"""MLPs' predictor of informativeness (paper section 4.3): three low-rank matrices with ReLU estimate the mean activity of
-each token, whose mean over a block is the block's.
+"""MLPs' predictor of informativeness (paper section 4.3): three low-rank matrices with ReLU estimate each token's
+activity, whose mean over a block is the block's.
 
-The paper's predictors see means of blocks' inputs, taken before any matrix: docs/decisions/0009 says why not. Attention's
-predictors are score heads (`lemo.selection.score_heads`).
+The paper's predictors see means of blocks' inputs, taken before any matrix: docs/decisions/0009 says why not.
+Attention's predictors are score heads (`lemo.selection.score_heads`).
 
 They are trained by `lemo.selection.predictor_training`, where they shrink (`lemo.selection.elastic`).
 
@@ -180,7 +180,7 @@ def activity_predictor_of(tensors: dict[str, Tensor]) -> ActivityPredictor:
 def predicted_scores(
     predictor: ActivityPredictor,
     hidden_ND: Tensor,
-    norm: Callable[[Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor] | None,
     weights: NormWeights | None,
     layout: SequenceLayout,
     causal: bool,
@@ -190,7 +190,7 @@ def predicted_scores(
     Args:
         predictor: of the MLP.
         hidden_ND: what goes into the branch's norm, [B·T, D].
-        norm: that norm.
+        norm: that norm, None where there is none.
         weights: the norm's, None if they aren't known; then it runs, and no kernel.
         layout: documents and blocks.
         causal: the score that looks at earlier blocks only.
@@ -201,6 +201,6 @@ def predicted_scores(
         if backend == "triton" and weights is not None:
             score = predictor.by_kernel(hidden_ND, weights, layout)
             return previous_blocks(score, layout) if causal else score
-        activity = predictor.activity(norm(hidden_ND))
+        activity = predictor.activity(hidden_ND if norm is None else norm(hidden_ND))
         wide = activity.to(torch.promote_types(activity.dtype, torch.float32))
         return mlp_informativeness(wide, layout, causal)

@@ -1,8 +1,8 @@
 """The MLP predictors of all layers side by side, as they are while they train.
 
-A predictor is small and its steps all launches, so that those of all layers are taken together: L layers' predictors are
-three tensors, and an input goes through three batched products. Nothing passes between layers. A neuron that is taken
-out stays as zeros, in its weights and in the optimizer's state, until the end.
+A predictor is small and its steps all launches, so that those of all layers are taken together: L layers' predictors
+are three tensors, and an input goes through three batched products. Nothing passes between layers. A neuron that is
+taken out stays as zeros, in its weights and in the optimizer's state, until the end.
 
 Shapes: L layers, N rows of one document, r, m the rows of W1 and W2.
 """
@@ -76,11 +76,13 @@ class PredictorStack(nn.Module):
 
     def reads(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """Which numbers each matrix still reads, bool [L, ·]; None for all."""
-        return None, *self.awake
+        low, middle = self.awake
+        return None, low, middle
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which rows of each matrix are still there, bool [L, ·]; None for all."""
-        return *self.awake, None
+        low, middle = self.awake
+        return low, middle, None
 
     @torch.no_grad()
     def finish(self) -> list[ActivityPredictor]:

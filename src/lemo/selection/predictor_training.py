@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lemo.config import PredictorConfig
 from lemo.selection.elastic import ZeroCounts, prune
 from lemo.selection.predictor import ActivityPredictor
+from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.predictor_stack import PredictorStack
 from lemo.selection.score_errors import log_error, log_score, mean_score, order_error
 from lemo.selection.scores import block_means

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.config import PredictorConfig
+from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.score_errors import log_error, log_score, mean_score, order_error, pair_error
 from lemo.selection.score_heads import Rotate, ScoreHeads
 from lemo.selection.scores import best_pairs

@@ -226,9 +226,7 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     if selection is None or keeps_everything(selection, call.layer):
         return plan_of_everything(layout)
     if call.mlp_predictor is not None:
-        norm, weights = view.mlp_norm, view.mlp_norm_weights
-        if view.post_norm:
-            norm, weights = (lambda hidden: hidden), None
+        norm, weights = (None, None) if view.post_norm else (view.mlp_norm, view.mlp_norm_weights)
         hidden = hidden_BTD.flatten(0, 1).contiguous()
         score = predicted_scores(call.mlp_predictor, hidden, norm, weights, layout, call.config.score == "causal")
         return select_by_score(score, layout, selection, call.layer)
