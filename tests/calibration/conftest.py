@@ -16,6 +16,9 @@ QUICK = (
     "data.heldout_share=0.2",
     "block_size=16",
     "predictor.steps=300",
+    # Half of the heads; with all of them nothing would be estimated.
+    "predictor.heads=2",
+    "predictor.head_steps=100",
     "predictor.widths=[24,16]",
     "predictor.neurons=0.65",
     "bypass_rank=8",

@@ -1,4 +1,4 @@
-"""MLPs' predictors: their scores are means of their tokens'; none looks ahead where it mustn't; training finds blocks."""
+"""MLPs' predictors: their scores are means of their tokens'; none looks ahead where it mustn't."""
 
 from __future__ import annotations
 
