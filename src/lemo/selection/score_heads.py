@@ -98,6 +98,10 @@ class ScoreHeads(nn.Module):
         self.forget()
         return super()._apply(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def count(self) -> int:
         """m."""
@@ -224,9 +228,10 @@ def begin_heads(
         wanted = torch.stack(by_head, -1).flatten(0, 1)
     else:
         queries, keys, there = best_pairs(q_HNd, k_KNd, block_size, window)
-        k_HNd = k_KNd.repeat_interleave(H // K, 0)
-        products = (q_HNd[:, queries[there]].float() * k_HNd[:, keys[there]].float()).sum(-1)
-        wanted = (products * scaling).relu().T
+        rows, columns = queries[there], keys[there]
+        # One head's rows in memory at a time.
+        products = [(q_HNd[h, rows].float() * k_KNd[h // (H // K), columns].float()).sum(-1) for h in range(H)]
+        wanted = (torch.stack(products, 1) * scaling).relu()
     chosen, weights = _choose(wanted, min(count, H), equal=mass)
     index = torch.tensor(chosen, device=q_HNd.device)
     weight = torch.tensor(weights, device=q_HNd.device).clamp(min=_LEAST_WEIGHT / H)
