@@ -69,13 +69,13 @@ class HeadProjection(nn.Module):
         self.gain = None if gain is None else nn.Parameter(gain, requires_grad=False)
         self.register_buffer("eps", None if gain is None else torch.tensor(eps, device=matrix.device))
 
-    def normed(self, heads_NMD: Tensor) -> Tensor:
+    def normed(self, heads_NMd: Tensor) -> Tensor:
         """What comes out of the norm, in the input's dtype, [N, m, d]."""
         if self.gain is None:
-            return heads_NMD
+            return heads_NMd
         assert self.eps is not None
-        wide = heads_NMD.float()
-        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.gain).to(heads_NMD.dtype)
+        wide = heads_NMd.float()
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.gain).to(heads_NMd.dtype)
 
 
 class ScoreHeads(nn.Module):
