@@ -18,7 +18,7 @@ SIZE, TOKENS = 8, 91
 
 def attention_calls(family: str, tokens: int = TOKENS, seed: int = 1, **values: Any) -> list[BranchCall]:
     """What the attention of each layer of a tiny model sees of a document of random tokens."""
-    model = build(family, lora=False, **values).eval()
+    model = build(family, **{"lora": False, **values}).eval()
     keep = lemo.config.BranchSelection(threshold=0.0)
     lemo.sparsify(model, lemo.SparsityConfig(mode="forward", block_size=SIZE, attention=keep, mlp=keep))
     found: list[BranchCall] = []

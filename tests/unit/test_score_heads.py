@@ -40,6 +40,12 @@ def test_all_heads_are_exact(family: str, mass: bool) -> None:
         torch.testing.assert_close(found, attention_informativeness(wanted, causal), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_adapters_count(family: str) -> None:
+    call = attention_calls(family, lora=True)[1]
+    torch.testing.assert_close(pairs_of(begun(call, 4), call), exact_of(call), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 def test_more_heads_tell_more(family: str) -> None:
     call = call_of(family)
