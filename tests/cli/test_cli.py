@@ -157,11 +157,11 @@ def test_bench_ops_runs_and_goes_on(
     path.write_text(json.dumps({"movement": movement, "dtype": "float32", "repeats": 1, "device": "cpu"}))
     command = ["bench", "ops", "--config", str(path), "--output", str(output)]
     assert lemo(monkeypatch, *command, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"records": 10, "report": str(output / "report.html")}
+    assert json.loads(capsys.readouterr().out) == {"records": 11, "report": str(output / "report.html")}
     assert lemo(monkeypatch, *command) == 2
     assert "is not empty" in capsys.readouterr().err
     assert lemo(monkeypatch, *command, "--resume", "--set", "movement.keeps=[0.5, 0.25]") == 0
-    assert capsys.readouterr().out.splitlines()[0] == "20 records"
+    assert capsys.readouterr().out.splitlines()[0] == "22 records"
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
