@@ -10,7 +10,8 @@ from torch import Tensor
 
 import lemo
 from lemo.models.watching import BranchCall, watch
-from lemo.selection.score_heads import ScoreHeads, begin_heads
+from lemo.selection.head_choice import begin_heads, choices
+from lemo.selection.score_heads import ScoreHeads
 from tiny import VOCAB, build
 
 SIZE, TOKENS = 8, 91
@@ -37,10 +38,10 @@ def queries_keys(call: BranchCall) -> tuple[Tensor, Tensor]:
         return call.view.query(call.x, call.rotary), call.view.key_value(call.x, call.rotary)[0]
 
 
-def begun(call: BranchCall, count: int, mass: bool = False) -> ScoreHeads:
+def begun(call: BranchCall, count: int, mass: bool = False, shared: bool = False) -> ScoreHeads:
     view = call.view
-    projections = view.head_projections(call.x)
-    return begin_heads(projections, *queries_keys(call), view.scaling, count, SIZE, view.window, mass)
+    made = choices(*queries_keys(call), view.scaling, count, SIZE, view.window, mass)
+    return begin_heads(view.head_projections(call.x), made[-1], view.scaling, shared=shared, mass=mass)
 
 
 def rotate_of(call: BranchCall) -> Any:

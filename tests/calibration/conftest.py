@@ -17,10 +17,10 @@ QUICK = (
     "block_size=16",
     "predictor.steps=300",
     # Half of the heads; with all of them nothing would be estimated.
-    "predictor.heads=2",
+    "predictor.rank=48",
     "predictor.head_steps=100",
     "predictor.widths=[24,16]",
-    "predictor.neurons=0.65",
+    "predictor.size=0.65",
     "bypass_rank=8",
     "judge_sequences=5",
 )

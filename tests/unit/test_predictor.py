@@ -90,7 +90,7 @@ def test_a_stack_puts_out_what_each_layers_predictor_does() -> None:
 
 def test_layers_train_side_by_side_as_each_does_alone() -> None:
     """Clipping, prunings and the optimizer of one layer know nothing of another."""
-    config = PredictorConfig(steps=12, prune_every=4, neurons=0.6, learning_rate=1e-2)
+    config = PredictorConfig(steps=12, prune_every=4, size=0.6, learning_rate=1e-2)
     generator = torch.Generator().manual_seed(0)
     seen = [together(examples(3, generator)) for _ in range(4)]
     torch.manual_seed(0)
@@ -198,7 +198,7 @@ def together(of_layers: list[Example]) -> Example:
 def test_training_finds_the_blocks_that_count() -> None:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    training = PredictorTraining([ActivityPredictor(D, (16, 16))], SIZE, PredictorConfig(steps=300, neurons=0.9))
+    training = PredictorTraining([ActivityPredictor(D, (16, 16))], SIZE, PredictorConfig(steps=300, size=0.9))
     judged = examples(6, generator)
 
     def judge() -> float:

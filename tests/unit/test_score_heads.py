@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from attention_calls import SIZE, TOKENS, attention_calls, begun, call_of, queries_keys, rotate_of
 from lemo.models.watching import BranchCall
+from lemo.selection.head_choice import allot, begin_heads, choices, recall_of
 from lemo.selection.layout import build_layout
-from lemo.selection.score_heads import ScoreHeads, begin_heads, heads_of, random_heads
+from lemo.selection.score_heads import ScoreHeads, heads_of, random_heads
 from lemo.selection.scores import attention_informativeness, best_pairs, block_pair_scores
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen2-window", "qwen3", "opt"]
@@ -24,13 +27,15 @@ def exact_of(call: BranchCall, mass: bool = False) -> Tensor:
     return block_pair_scores(*queries_keys(call), call.view.scaling, SIZE, call.view.window, mass)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own keys", "shared keys"])
 @pytest.mark.parametrize("mass", [False, True], ids=["paper", "mass"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_heads_are_exact(family: str, mass: bool) -> None:
+def test_all_heads_are_exact(family: str, mass: bool, shared: bool) -> None:
     """Groups that share keys, biases, norms of heads, windows, and positions that aren't rotations."""
     call = call_of(family)
-    heads = begun(call, 4, mass)
+    heads = begun(call, 4, mass, shared)
     assert heads.count == 4
+    assert len(heads.key.matrix) == (len(queries_keys(call)[1]) if shared else 4)
     assert (heads.query.gain is not None) == (family == "qwen3")
     wanted = exact_of(call, mass)
     torch.testing.assert_close(pairs_of(heads, call, mass), wanted, rtol=1e-4, atol=1e-5)
@@ -63,8 +68,42 @@ def test_the_heads_that_tell_most_are_chosen_and_weighted() -> None:
     q, k = q[:3], k[:1].expand(3, -1, -1)
     q = torch.stack([torch.zeros_like(q[0]), q[1], 3 * q[1]])
     query, key = call.view.head_projections(call.x)
-    heads = begin_heads((query, key), q, k[:1], 1.0, 1, SIZE, None)
-    torch.testing.assert_close(heads.query.matrix[0], query.matrix[2] * (4 / 9) ** 0.5, rtol=1e-4, atol=1e-6)
+    made = choices(q, k[:1], 1.0, 1, SIZE, None)
+    heads = begin_heads((query, key), made[0], 1.0, shared=False)
+    torch.testing.assert_close(heads.query.matrix[0], query.matrix[2] * (4 / 9), rtol=1e-4, atol=1e-6)
+
+
+def test_choices_contain_each_other() -> None:
+    call = call_of("llama")
+    made = choices(*queries_keys(call), call.view.scaling, 9, SIZE, None)
+    assert [len(choice.heads) for choice in made] == [1, 2, 3, 4]
+    assert all(b.heads[:-1] == a.heads for a, b in itertools.pairwise(made))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_recall_of_a_choice_is_that_of_its_estimates(causal: bool) -> None:
+    call = call_of("opt")
+    q, k = queries_keys(call)
+    exact = attention_informativeness(exact_of(call), causal)
+    where = exact, call.view.scaling, SIZE, call.view.window
+    worth = [
+        recall_of(choice, q, k, *where, causal=causal, mass=False)
+        for choice in choices(q, k, call.view.scaling, 4, SIZE, call.view.window)
+    ]
+    assert worth[-1] == 1.0
+    assert worth[0] < 1.0
+
+
+def test_heads_go_where_they_add_most() -> None:
+    """The second layer needs two more at once; the third's second costs twice as much and adds as little."""
+    recalls = [[0.7, 0.8, 0.81], [0.5, 0.5, 0.9], [0.9, 0.92, 0.92]]
+    sizes = [[2, 3, 4], [2, 3, 4], [2, 4, 5]]
+    assert allot(recalls, sizes, 6) == [1, 1, 1]
+    assert allot(recalls, sizes, 7) == [2, 1, 1]
+    assert allot(recalls, sizes, 8) == [1, 3, 1]
+    assert allot(recalls, sizes, 9) == [2, 3, 1]
+    assert allot(recalls, sizes, 100) == [3, 3, 2]
+    assert allot(recalls, sizes, 0) == [1, 1, 1], "one in each there is"
 
 
 @pytest.mark.parametrize("window", [None, 11])
@@ -131,7 +170,7 @@ def test_half_precision(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_heads_come_back_from_their_tensors(family: str) -> None:
     call = call_of(family)
-    heads = begun(call, 2)
+    heads = begun(call, 2, shared=True)
     state = heads.state_dict()
     again = heads_of(state)
     assert torch.equal(pairs_of(again, call), pairs_of(heads, call))

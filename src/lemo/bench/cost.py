@@ -102,7 +102,7 @@ class _Units:
         self.linear = self.attention_linear + self.mlp_linear
         # Score heads' queries and keys and their products for each visible pair; the MLP predictor's first matrix.
         predictor = PredictorConfig()
-        heads = min(w.A, predictor.heads * w.d)
+        heads = w.d * max(1, round(predictor.size * predictor.heads(w.d, w.A // w.d)))
         self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + T * (T + 1) * heads)
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * w.A)

@@ -292,9 +292,10 @@ def _base(config: StepConfig, place: Place, device: str) -> Any:
 
 
 def random_predictors(shape: str, layers: int, device: str) -> dict[tuple[int, str], Predictor]:
-    """Predictors of both branches of every layer, as large as before training; what they predict means nothing."""
+    """Predictors of both branches of every layer, what they predict means nothing. Attention's are as large as layers'
+    are on average after they have shrunk, MLPs' as before."""
     widths, config = Widths.of(shape), PredictorConfig()
-    count = min(config.heads, widths.A // widths.d)
+    count = max(1, round(config.size * config.heads(widths.d, widths.A // widths.d)))
     found: dict[tuple[int, str], Predictor] = {}
     for layer in range(layers):
         found[layer, "attention"] = random_heads(count, widths.d, widths.D)

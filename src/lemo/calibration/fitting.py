@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,12 +15,16 @@ from lemo.calibration.config import CalibrationConfig
 from lemo.models.bypasses import add_to_fit
 from lemo.models.calibration import BRANCHES, Key
 from lemo.models.watching import BranchCall, watch
+from lemo.selection.head_choice import Choice, allot, begin_heads, choices, recall_of
 from lemo.selection.predictor import ActivityPredictor, Predictor
 from lemo.selection.predictor_training import Example, PredictorTraining
-from lemo.selection.score_heads import Rotate, ScoreHeads, begin_heads
-from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, part_of
-from lemo.selection.scores import block_pair_scores
+from lemo.selection.score_heads import Rotate, ScoreHeads
+from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, drop_oldest, part_of
+from lemo.selection.scores import attention_informativeness, block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
+
+# Documents that say which layers get how many heads.
+_CHOOSING = 5
 
 
 @dataclass(frozen=True)
@@ -105,42 +110,101 @@ class _Fit(Protocol):
 
 
 class _AttentionFit:
-    """Score heads: begun on the first document, then trained, unless scores are masses, which no training knows."""
+    """Score heads: chosen by the first documents, then trained, unless scores are masses, which no training knows."""
 
     def __init__(self, config: CalibrationConfig, count: int) -> None:
         self.config, self.count = config, count
-        self._mass = config.score == "mass"
-        self._heads: list[ScoreHeads] = []
-        self._windows: list[int | None] = []
+        self._mass, self._causal = config.score == "mass", config.score == "causal"
+        self._shared = config.predictor.size < 1
+        # Documents that say how many heads a layer gets, if that isn't the same for all.
+        self._first = min(count, _CHOOSING if self._shared else 1)
+        self._layers: list[_Begun] = []
         self._seen: list[tuple[Tensor, Tensor, Rotate]] = []
+        self._waiting: deque[HeadsExample] = deque()
+        self._heads: list[ScoreHeads] = []
+        self._first_size = 0
         self._training: HeadsTraining | None = None
         self._documents = 0
 
     def visit(self, call: BranchCall) -> None:
         (q, k), view, size = queries_keys(call), call.view, self.config.block_size
+        where = view.scaling, size, view.window
         if not self._documents:
-            count, projections = self.config.predictor.heads, view.head_projections(call.x)
-            self._heads.append(begin_heads(projections, q, k, view.scaling, count, size, view.window, self._mass))
-            self._windows.append(view.window)
+            count = self.config.predictor.heads(view.head_size, len(q))
+            # A hard layer may get more heads than there are on average.
+            most = 2 * count if self._shared else count
+            made = choices(q, k, view.scaling, most, size, view.window, self._mass)
+            self._layers.append(_Begun(view, call.x[:1], count, len(q) // len(k), made, [0.0] * len(made)))
+        if self._shared and self._documents < self._first:
+            begun = self._layers[call.layer]
+            exact = attention_informativeness(block_pair_scores(q, k, *where, self._mass), self._causal)
+            for n, choice in enumerate(begun.choices):
+                begun.recalls[n] += recall_of(choice, q, k, exact, *where, causal=self._causal, mass=self._mass)
         if not self._mass:
             exact = block_pair_scores(q, k, view.scaling, part_of(size, call.x.shape[0]), view.window)
             self._seen.append((call.x, exact, rotation_of(call)))
 
     def learn(self) -> None:
         self._documents += 1
-        if self._mass:
+        if self._seen:
+            x, exact, rotate = zip(*self._seen, strict=True)
+            self._seen.clear()
+            self._waiting.append(HeadsExample(torch.stack(x), torch.stack(exact), rotate))
+            drop_oldest(self._waiting, self.config.predictor.memory_gib)
+        if self._documents < self._first:
             return
-        if self._training is None:
-            config = self.config
-            self._training = HeadsTraining(self._heads, self._windows, config.block_size, config.predictor, config.seed)
-        x, exact, rotate = zip(*self._seen, strict=True)
-        self._seen.clear()
-        until = self.config.predictor.head_steps * self._documents // self.count
-        self._training.see(HeadsExample(torch.stack(x), torch.stack(exact), rotate), until)
+        if not self._heads:
+            self._begin()
+        if self._training is not None:
+            until = self.config.predictor.head_steps * self._documents // self.count
+            while self._waiting:
+                self._training.see(self._waiting.popleft(), until if not self._waiting else 0)
+
+    def _begin(self) -> None:
+        config, layers = self.config, self._layers
+        projections = layers[0].view.head_projections(layers[0].like)
+        whole = begin_heads(projections, layers[0].choices[layers[0].count - 1], 1.0, shared=False, mass=self._mass)
+        self._first_size = whole.size
+        if self._shared:
+            one = whole.size // (2 * whole.count)
+            sizes = [[one * (len(c.heads) + len(c.keys(begun.group))) for c in begun.choices] for begun in layers]
+            most = int(config.predictor.size * whole.size * len(layers))
+            counts = allot([begun.recalls for begun in layers], sizes, most)
+        else:
+            counts = [begun.count for begun in layers]
+        for begun, count in zip(layers, counts, strict=True):
+            projections = begun.view.head_projections(begun.like)
+            choice = begun.choices[count - 1]
+            self._heads.append(
+                begin_heads(projections, choice, begun.view.scaling, shared=self._shared, mass=self._mass)
+            )
+        if not self._mass:
+            windows = [begun.view.window for begun in layers]
+            self._training = HeadsTraining(self._heads, windows, config.block_size, config.predictor, config.seed)
 
     def finish(self) -> tuple[Sequence[ScoreHeads], int]:
-        heads = self._heads if self._training is None else self._training.finish()
-        return heads, heads[0].size
+        return self._heads if self._training is None else self._training.finish(), self._first_size
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is known of a layer before its heads begin.
+
+    Attributes:
+        view: of the layer.
+        like: an input of its attention.
+        count: heads where none are taken away.
+        group: the layer's query heads that share a key head.
+        choices: of 1, 2, ... heads.
+        recalls: what each is worth; a sum over documents.
+    """
+
+    view: Any
+    like: Tensor
+    count: int
+    group: int
+    choices: Sequence[Choice]
+    recalls: list[float]
 
 
 class _ActivityFit:

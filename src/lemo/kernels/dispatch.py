@@ -18,6 +18,12 @@ LARGEST_HEAD = 256
 WIDEST_ROW = 32768
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
+# Sampled block-pair scores: strips of so many tokens, of which all are looked at while a query's is less than
+# NEAR_STRIPS after a key's, then every second, and half as many at each doubling of that distance, down to every
+# MOST_STRIDE-th (a power of two).
+STRIP = 128
+NEAR_STRIPS = 16
+MOST_STRIDE = 16
 LARGEST_PREDICTED_BLOCK = 128
 MOST_NUMBERS = 128
 MOST_RANKED = 2**14

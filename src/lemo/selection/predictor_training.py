@@ -111,7 +111,7 @@ class PredictorTraining:
         last = max(1, int(_PRUNED_BY * config.steps))
         # Between two prunings neurons are counted at least once.
         if self.step == last or (self.step % config.prune_every == 0 and self.step + config.prune_every <= last):
-            share = 1 - (1 - config.neurons) * self.step / last
+            share = 1 - (1 - config.size) * self.step / last
             prune(self.stack, self._counts, share, self._optimizer)
 
     def _clip(self) -> None:

@@ -63,6 +63,12 @@ class HeadsExample:
         return sum(x.numel() * x.element_size() for x in (self.x, self.exact))
 
 
+def drop_oldest(documents: deque[HeadsExample], gib: float) -> None:
+    """Keeps the newest documents, as many as take so much memory; one at least."""
+    while len(documents) > 1 and sum(d.bytes for d in documents) > gib * GIB:
+        documents.popleft()
+
+
 class HeadsTraining:
     """Score heads of all layers on their way.
 
@@ -97,8 +103,7 @@ class HeadsTraining:
         if self._scale is None:
             self._scale = mean_score(example.exact).clamp(min=torch.finfo(torch.float32).tiny)
         self._memory.append(example)
-        while len(self._memory) > 1 and sum(d.bytes for d in self._memory) > self.config.memory_gib * GIB:
-            self._memory.popleft()
+        drop_oldest(self._memory, self.config.memory_gib)
         while self.step < min(until, self.config.head_steps):
             self._train()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.config import BranchSelection
-from lemo.kernels.dispatch import scores_backend
+from lemo.kernels.dispatch import MOST_STRIDE, NEAR_STRIPS, STRIP, scores_backend
 from lemo.selection.ranking import plan_of_marked
 from lemo.selection.top import plan_of_top
 from lemo.types import SequenceLayout, TokenPlan
@@ -21,7 +21,14 @@ _SCORES_AT_ONCE = 2**26
 
 
 def block_pair_scores(
-    q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None, mass: bool = False
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    scaling: float,
+    block_size: int,
+    window: int | None,
+    mass: bool = False,
+    *,
+    sampled: bool = False,
 ) -> Tensor:
     """Pair scores of one document (equations 1-2), fp32 [blocks, blocks]; query block I, key block J, 0 above I.
 
@@ -32,14 +39,43 @@ def block_pair_scores(
         window: sliding window in tokens, or None.
         mass: in place of the equations', the softmax mass that I's queries give to J's keys; mean over heads and
             queries, so that a row's scores sum to 1.
+        sampled: for estimates whose column sums are all that counts: most of the distant query blocks are left out,
+            0, and the others' scores multiplied by how many they stand for (`sample_weights`). Not with mass.
+
+    Raises:
+        ValueError: mass and sampled both.
 
     On a GPU by a kernel that stores nothing but the scores; otherwise one chunk of query blocks times T at a time.
     """
+    if mass and sampled:
+        raise ValueError("block-pair scores are sampled for their column sums; mass can't be: leave one of the two out")
     if scores_backend(q_HTd, k_KTd, block_size) == "triton":
         from lemo.kernels.scores import block_pair_scores as by_kernel
 
-        return by_kernel(q_HTd, k_KTd, scaling, block_size, window, mass)
-    return _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window, mass)
+        return by_kernel(q_HTd, k_KTd, scaling, block_size, window, mass, sampled=sampled)
+    scores = _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window, mass)
+    return scores.mul_(sample_weights(len(scores), block_size, scores.device)) if sampled else scores
+
+
+def sample_weights(blocks: int, block_size: int, device: torch.device) -> Tensor:
+    """How many query blocks each sampled pair score stands for, 0 for none; fp32 [blocks, blocks], as the scores.
+
+    Blocks go by strips of 128 tokens (larger ones are strips themselves), all pairs of two strips alike. Of the query
+    strips at a distance from the key's every s-th is looked at, and stands for itself and the s - 1 after it, or those
+    there are: s is 1 below 16 strips, 2 from there, 4 from 32, 8 from 64, 16 from 128.
+
+    A column of strips sums to the number of query strips from its own on if that column is a multiple of the last
+    strip's s; otherwise a few strips where s changes have nobody that stands for them, in all fewer than that s.
+    """
+    side = max(1, STRIP // block_size)
+    strips = -(-blocks // side)
+    strip = torch.arange(strips, device=device)
+    row_S1, distance_SS = strip[:, None], strip[:, None] - strip
+    stride_SS = torch.ones_like(distance_SS)
+    for doubling in range(MOST_STRIDE.bit_length() - 1):
+        stride_SS[distance_SS >= NEAR_STRIPS << doubling] = 2 << doubling
+    weight_SS = torch.where(row_S1 % stride_SS == 0, stride_SS.minimum(strips - row_S1), 0).tril().float()
+    return weight_SS.repeat_interleave(side, 0).repeat_interleave(side, 1)[:blocks, :blocks]
 
 
 def _block_pair_scores(

@@ -1,0 +1,95 @@
+"""Block-pair scores of which distant query blocks are left out: who stands for whom, and what columns sum to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lemo.kernels import reference
+from lemo.kernels.dispatch import MOST_STRIDE, NEAR_STRIPS
+from lemo.selection.scores import block_pair_scores, sample_weights
+
+CPU = torch.device("cpu")
+SIZES = [8, 16, 64, 128, 256]
+
+
+def side_of(block_size):
+    """Blocks a strip."""
+    return max(1, 128 // block_size)
+
+
+def farthest_strides(strips):
+    """The stride of the last query strip, for each key strip."""
+    distance = strips - 1 - torch.arange(strips)
+    return sum((distance >= bound).int() * step for bound, step in ((0, 1), (16, 1), (32, 2), (64, 4), (128, 8)))
+
+
+def test_a_column_by_hand():
+    of_first = sample_weights(42, 128, CPU)[:, 0]
+    assert of_first[:16].tolist() == [1.0] * 16
+    assert of_first[16:32].tolist() == [2.0, 0.0] * 8
+    # The last one stands for the two that there are.
+    assert of_first[32:].tolist() == [4.0, 0.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 2.0, 0.0]
+    of_second = sample_weights(38, 128, CPU)[:, 1]
+    assert of_second.nonzero().flatten().tolist() == [*range(1, 17), *range(18, 33, 2), 36]
+
+
+@pytest.mark.parametrize("strips", [1, 16, 17, 32, 40, 67, 130, 145, 300])
+def test_weights_count_the_strips_that_see_a_column(strips):
+    weights = sample_weights(strips, 128, CPU)
+    assert not weights.triu(1).any()
+    column = torch.arange(strips)
+    seeing, stride = strips - column, farthest_strides(strips)
+    missed = seeing - weights.sum(0)
+    assert (missed >= 0).all()
+    assert (missed < stride).all()
+    assert not missed[column % stride == 0].any()
+    assert not missed[seeing <= NEAR_STRIPS].any()
+    assert stride.max() <= MOST_STRIDE
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_blocks_of_a_strip_weigh_alike(block_size):
+    side = side_of(block_size)
+    of_strips = sample_weights(40, 128, CPU)
+    blocks = 40 * side - side // 2
+    rows = torch.arange(blocks) // side
+    assert torch.equal(sample_weights(blocks, block_size, CPU), of_strips[rows[:, None], rows])
+
+
+@pytest.mark.parametrize("block_size", SIZES)
+def test_columns_sum_to_the_exact_ones_where_query_blocks_score_alike(block_size):
+    T, side = 40 * 128, side_of(block_size)
+    q, k = torch.ones(1, 1, 4).expand(2, T, 4), torch.randn(1, T, 4)
+    exact = block_pair_scores(q, k, 1.0, block_size, None)
+    found = block_pair_scores(q, k, 1.0, block_size, None, sampled=True)
+    blocks = len(exact)
+    column, stride = torch.arange(blocks) // side, farthest_strides(blocks // side).repeat_interleave(side)
+    assert stride.max() == (2 if block_size == 256 else 4)
+    whole = column % stride == 0
+    torch.testing.assert_close(found.sum(0)[whole], exact.sum(0)[whole])
+    missed = ((exact.sum(0) - found.sum(0)) / (side * exact.amax(0))).nan_to_num()
+    assert (missed > -1e-3).all()
+    assert (missed < stride - 1 + 1e-3).all()
+    # A column's strips that nobody stands for, and the others.
+    assert missed[~whole].max() > 0.5
+
+
+@pytest.mark.parametrize("window", [None, 3000])
+@pytest.mark.parametrize("block_size", SIZES)
+def test_sampled_scores_are_the_twins(block_size, window):
+    q, k = torch.randn(2, 4501, 4), torch.randn(1, 4501, 4)
+    found = block_pair_scores(q, k, 0.5, block_size, window, sampled=True)
+    wanted = reference.block_pair_scores(q, k, 0.5, block_size, window, sampled=True)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_short_documents_are_left_as_they_are():
+    q, k = torch.randn(2, 2048, 4), torch.randn(1, 2048, 4)
+    assert torch.equal(block_pair_scores(q, k, 0.5, 16, None, sampled=True), block_pair_scores(q, k, 0.5, 16, None))
+
+
+def test_masses_cannot_be_sampled():
+    q = torch.randn(1, 32, 4)
+    with pytest.raises(ValueError, match="mass can't be"):
+        block_pair_scores(q, q, 1.0, 16, None, True, sampled=True)
