@@ -31,7 +31,7 @@ from lemo.models.device import choose_device
 from lemo.models.mixins import VIEW
 from lemo.models.runtime import flag
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import ActivityPredictor, predicted_scores
+from lemo.selection.predictor import predicted_scores
 from lemo.selection.score_heads import ScoreHeads
 from lemo.selection.scores import select_by_score
 
@@ -58,20 +58,24 @@ def measure(shape: str, T: int) -> list[Record]:
     positions = torch.arange(T, device=device)[None]
     rotary = [x[0] for x in decoder.rotary_emb(hidden[None], positions)] if hasattr(decoder, "rotary_emb") else None
     rotate = functools.partial(view.rotate, rotary=rotary)
-    heads, activity = (runtime.predictors[0, branch] for branch in BRANCHES)
-    assert isinstance(heads, ScoreHeads)
-    assert isinstance(activity, ActivityPredictor)
 
-    def score(branch: str) -> torch.Tensor:
-        if branch == "mlp":
-            return predicted_scores(activity, hidden, view.mlp_norm, view.mlp_norm_weights, layout, False)
-        return heads.scores(view.attention_norm(hidden), rotate, layout, view.window, causal=False, mass=False)
+    def score(layer: int, branch: str) -> torch.Tensor:
+        predictor = runtime.predictors[layer, branch]
+        if isinstance(predictor, ScoreHeads):
+            norm = view.attention_norm, view.attention_norm_weights
+            return predictor.scores(hidden, *norm, rotate, layout, view.window, causal=False, mass=False)
+        return predicted_scores(predictor, hidden, view.mlp_norm, view.mlp_norm_weights, layout, False)
 
-    halves = {branch: BranchSelection(threshold=float(score(branch).median())) for branch in BRANCHES}
+    halves = {
+        (layer, branch): BranchSelection(threshold=float(score(layer, branch).median()))
+        for layer in range(LAYERS)
+        for branch in BRANCHES
+    }
 
-    def choose() -> None:
-        for branch in BRANCHES:
-            select_by_score(score(branch), layout, halves[branch], 0)
+    def choose(*branches: str) -> None:
+        for layer in range(LAYERS):
+            for branch in branches:
+                select_by_score(score(layer, branch), layout, halves[layer, branch], 0)
 
     def everything(selection: dict[str, BranchSelection]) -> Callable[[], None]:
         config = runtime.config.model_copy(update=selection)
@@ -96,7 +100,12 @@ def measure(shape: str, T: int) -> list[Record]:
         row.details = {"added_ms": statistics.median(added), "added_ms_min": min(added), "added_ms_max": max(added)}
         print(f"{name}: {row.step_ms:.2f} ms, choices add {row.details['added_ms']:.2f} ms", flush=True)
         rows.append(row)
-    return [*rows, op_row("prediction: the choices of one layer, alone", "lemo-forward", shape, T, choose, device)]
+    for name, branches in (("both branches", BRANCHES), *((branch, (branch,)) for branch in BRANCHES)):
+        run = functools.partial(choose, *branches)
+        rows.append(
+            op_row(f"prediction: choices of {LAYERS} layers, {name}, alone", "lemo-forward", shape, T, run, device)
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def test_sampled_equals_the_twin(monkeypatch):
     found = check((4501, 64, None), (1, 1), 16, torch.float32, monkeypatch, sampled=True)
     looked_at = found[::2, ::2] > 0
     assert looked_at[:, 0].nonzero().flatten().tolist() == [*range(16), *range(16, 32, 2), 32]
+    assert looked_at[:, 1].nonzero().flatten().tolist() == [*range(1, 32), 32, 34]
 
 
 SAMPLED = {

@@ -20,7 +20,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen2-window", "qwen3", "opt"]
 
 def pairs_of(heads: ScoreHeads, call: BranchCall, mass: bool = False) -> Tensor:
     q, k = heads.positioned(call.x, rotate_of(call))
-    return heads.pair_scores(q, k, SIZE, call.view.window, mass)
+    return heads.pair_scores(q, k, SIZE, call.view.window, mass=mass)
 
 
 def exact_of(call: BranchCall, mass: bool = False) -> Tensor:
@@ -41,7 +41,7 @@ def test_all_heads_are_exact(family: str, mass: bool, shared: bool) -> None:
     torch.testing.assert_close(pairs_of(heads, call, mass), wanted, rtol=1e-4, atol=1e-5)
     layout = build_layout(1, TOKENS, SIZE, torch.device("cpu"))
     for causal in (False, True):
-        found = heads.scores(call.x, rotate_of(call), layout, call.view.window, causal=causal, mass=mass)
+        found = heads.scores(call.x, None, None, rotate_of(call), layout, call.view.window, causal=causal, mass=mass)
         torch.testing.assert_close(found, attention_informativeness(wanted, causal), rtol=1e-4, atol=1e-5)
 
 
@@ -129,11 +129,11 @@ def test_a_batch_is_its_documents(causal: bool, lengths: tuple[int, ...]) -> Non
     heads, x = random_heads(2, 6, 12), torch.randn(sum(lengths), 12)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     layout = build_layout(1, len(x), SIZE, torch.device("cpu"), position_ids=positions)
-    found = heads.scores(x, unmoved, layout, None, causal=causal, mass=False)
+    found = heads.scores(x, None, None, unmoved, layout, None, causal=causal, mass=False)
     parts = []
     for a, b in layout.documents:
         alone = build_layout(1, b - a, SIZE, torch.device("cpu"))
-        parts.append(heads.scores(x[a:b], unmoved, alone, None, causal=causal, mass=False))
+        parts.append(heads.scores(x[a:b], None, None, unmoved, alone, None, causal=causal, mass=False))
     torch.testing.assert_close(found, torch.cat(parts))
 
 
@@ -141,12 +141,26 @@ def unmoved(heads: Tensor) -> Tensor:
     return heads.transpose(0, 1)
 
 
+@pytest.mark.parametrize(("causal", "mass"), [(False, False), (True, False), (False, True)])
+def test_long_documents_are_sampled_where_sums_over_queries_count(causal: bool, mass: bool) -> None:
+    heads, T = random_heads(2, 6, 12), 20 * 128
+    x = torch.randn(T, 12)
+    q, k = heads.positioned(x, unmoved)
+    layout = build_layout(1, T, 64, torch.device("cpu"))
+    found = heads.scores(x, None, None, unmoved, layout, None, causal=causal, mass=mass)
+    sampled = not (causal or mass)
+    pairs = block_pair_scores(q, k, 1.0 if mass else 2.0, 64, None, mass, sampled=sampled)
+    torch.testing.assert_close(found, attention_informativeness(pairs, causal))
+    if sampled:
+        assert (pairs.sum(0) != heads.pair_scores(q, k, 64, None).sum(0)).any()
+
+
 def test_autocast_changes_no_score() -> None:
     heads, x = random_heads(2, 6, 12), torch.randn(40, 12)
     layout = build_layout(1, 40, SIZE, torch.device("cpu"))
-    wanted = heads.scores(x, unmoved, layout, None, causal=False, mass=False)
+    wanted = heads.scores(x, None, None, unmoved, layout, None, causal=False, mass=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(heads.scores(x, unmoved, layout, None, causal=False, mass=False), wanted)
+        assert torch.equal(heads.scores(x, None, None, unmoved, layout, None, causal=False, mass=False), wanted)
 
 
 def test_causal_scores_dont_look_ahead() -> None:
@@ -154,7 +168,7 @@ def test_causal_scores_dont_look_ahead() -> None:
     layout = build_layout(1, 45, SIZE, torch.device("cpu"))
     changed = x.clone()
     changed[3 * SIZE :] += 1
-    before, after = (heads.scores(v, unmoved, layout, None, causal=True, mass=False) for v in (x, changed))
+    before, after = (heads.scores(v, None, None, unmoved, layout, None, causal=True, mass=False) for v in (x, changed))
     torch.testing.assert_close(before[:4], after[:4], rtol=0, atol=0)
     assert not torch.equal(before[4:], after[4:])
 

@@ -83,6 +83,31 @@ def test_layers_train_side_by_side_as_each_does_alone() -> None:
             torch.testing.assert_close(value, wanted.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_estimate_is_that_of_the_kernel_where_keys_are_shared(count: int) -> None:
+    """Two heads with one key, and three with two, which aren't shared evenly."""
+    calls, example = attention_calls("llama", TOKENS, 0), example_of("llama", 1)
+    heads = [begun(call, count, shared=True) for call in calls]
+    training = HeadsTraining(heads, [None] * len(heads), SIZE, PredictorConfig())
+    for layer, one in enumerate(heads):
+        q, k = one.positioned(example.x[layer], example.rotate[layer])
+        wanted = one.pair_scores(q, k, SIZE, None)
+        torch.testing.assert_close(training._estimates(example, layer, SIZE), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_exact_stand_still() -> None:
+    heads, windows = begun_all("llama", 4)
+    first = copy.deepcopy(heads)
+    training = HeadsTraining(heads, windows, SIZE, PredictorConfig(head_steps=5), still=[0])
+    training.see(example_of("llama", 1), 5)
+    found = training.finish()
+    assert torch.equal(found[0].query.matrix, first[0].query.matrix)
+    assert not torch.equal(found[1].query.matrix, first[1].query.matrix)
+    none = HeadsTraining(found, windows, SIZE, PredictorConfig(), still=range(len(found)))
+    none.see(example_of("llama", 1), 5)
+    assert none.step == 0
+
+
 def test_no_steps_leave_true_heads() -> None:
     heads, windows = begun_all("llama", 2)
     first = copy.deepcopy(heads)

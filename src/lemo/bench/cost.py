@@ -28,6 +28,7 @@ from lemo.bench.shapes import SHAPES, Widths
 from lemo.bench.step_config import LIGER, checkpointed
 from lemo.selection.attend import AttendGrid
 from lemo.selection.predictor_config import PredictorConfig
+from lemo.selection.scores import sampled_share
 from lemo.types import TokenPlan
 
 TERA = 1e12
@@ -100,10 +101,10 @@ class _Units:
         self.attention_linear = self.key_value + 2 * T * 2 * w.D * w.A
         self.mlp_linear = float(2 * T * len(w.mlp) * w.D * w.F)
         self.linear = self.attention_linear + self.mlp_linear
-        # Score heads' queries and keys and their products for each visible pair; the MLP predictor's first matrix.
+        # Score heads' queries and keys and their products, distant ones of some queries; the MLP predictor's first matrix.
         predictor = PredictorConfig()
-        heads = w.d * max(1, round(predictor.size * predictor.heads(w.d, w.A // w.d)))
-        self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + T * (T + 1) * heads)
+        heads = w.d * max(1.0, predictor.size * predictor.heads(w.d, w.A // w.d))
+        self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + sampled_share(T) * T * (T + 1) * heads)
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * w.A)
         # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.

@@ -134,7 +134,7 @@ class _AttentionFit:
             # A hard layer may get more heads than there are on average.
             most = 2 * count if self._shared else count
             made = choices(q, k, view.scaling, most, size, view.window, self._mass)
-            self._layers.append(_Begun(view, call.x[:1], count, len(q) // len(k), made, [0.0] * len(made)))
+            self._layers.append(_Begun(view, call.x[:1], count, len(q), len(q) // len(k), made, [0.0] * len(made)))
         if self._shared and self._documents < self._first:
             begun = self._layers[call.layer]
             exact = attention_informativeness(block_pair_scores(q, k, *where, self._mass), self._causal)
@@ -180,7 +180,10 @@ class _AttentionFit:
             )
         if not self._mass:
             windows = [begun.view.window for begun in layers]
-            self._training = HeadsTraining(self._heads, windows, config.block_size, config.predictor, config.seed)
+            still = [layer for layer, begun in enumerate(layers) if self._heads[layer].count == begun.own]
+            self._training = HeadsTraining(
+                self._heads, windows, config.block_size, config.predictor, still=still, seed=config.seed
+            )
 
     def finish(self) -> tuple[Sequence[ScoreHeads], int]:
         return self._heads if self._training is None else self._training.finish(), self._first_size
@@ -194,7 +197,8 @@ class _Begun:
         view: of the layer.
         like: an input of its attention.
         count: heads where none are taken away.
-        group: the layer's query heads that share a key head.
+        own: the layer's query heads.
+        group: how many of them share a key head.
         choices: of 1, 2, ... heads.
         recalls: what each is worth; a sum over documents.
     """
@@ -202,6 +206,7 @@ class _Begun:
     view: Any
     like: Tensor
     count: int
+    own: int
     group: int
     choices: Sequence[Choice]
     recalls: list[float]

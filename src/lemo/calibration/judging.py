@@ -106,11 +106,12 @@ class Judge:
             if predictor is None:
                 return
             mass = self.score == "mass"
-            found, exact = estimates(predictor, call, self.block_size, mass), exact_scores(call, self.block_size, mass)
-            if key not in example and call.branch == "attention":
-                example[key] = (found.cpu(), exact.cpu())
-            predicted, wanted = (block_scores(scores, self.block_size, self.causal).cpu() for scores in (found, exact))
-            pairs.setdefault(key, []).append((predicted, wanted))
+            exact = exact_scores(call, self.block_size, mass)
+            if key not in example and isinstance(predictor, ScoreHeads):
+                example[key] = (estimated_pairs(predictor, call, self.block_size, mass).cpu(), exact.cpu())
+            predicted = estimates(predictor, call, self.block_size, causal=self.causal, mass=mass)
+            wanted = block_scores(exact, self.block_size, self.causal)
+            pairs.setdefault(key, []).append((predicted.cpu(), wanted.cpu()))
 
         with watch(self.model, visit):
             for row in self.rows:
@@ -168,16 +169,21 @@ class Judge:
         return losses, {key: kept_by_layer[key[0]][BRANCHES.index(key[1])] for key in self.scored().score}
 
 
-def estimates(predictor: Predictor, call: BranchCall, block_size: int, mass: bool) -> Tensor:
-    """What a predictor makes of one document in the place of `exact_scores`."""
+def estimates(predictor: Predictor, call: BranchCall, block_size: int, *, causal: bool, mass: bool) -> Tensor:
+    """A predictor's block scores of one document [n], as mode `forward` computes them."""
     if isinstance(predictor, ScoreHeads):
         q, k = predictor.positioned(call.x, rotation_of(call))
-        return predictor.pair_scores(q, k, block_size, call.view.window, mass)
-    return predictor.activity(call.x)
+        return predictor.document_scores(q, k, block_size, call.view.window, causal=causal, mass=mass)
+    return block_scores(predictor.activity(call.x), block_size, causal)
+
+
+def estimated_pairs(heads: ScoreHeads, call: BranchCall, block_size: int, mass: bool) -> Tensor:
+    """What stands behind them in attention, of all pairs of blocks [n, n]."""
+    return heads.pair_scores(*heads.positioned(call.x, rotation_of(call)), block_size, call.view.window, mass=mass)
 
 
 def block_scores(scores: Tensor, block_size: int, causal: bool) -> Tensor:
-    """Block scores [n] from `exact_scores` or `estimates`."""
+    """Block scores [n] from `exact_scores`, or from activities."""
     if scores.dim() == 2:
         return attention_informativeness(scores, causal)
     score = block_means(scores, block_size)

@@ -218,6 +218,16 @@ def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_kn
     return _reason_against_dtype(x)
 
 
+def projection_backend(x: Tensor, norm_known: bool) -> str:
+    """`triton` or `torch` for score heads' queries and keys of every token; logged once for every reason."""
+    reason = _reason_against_any(x)
+    if reason is None and not norm_known:
+        reason = "the kernel knows RMS norms and LayerNorm, before the branch"
+    reason = reason or _reason_against_dtype(x)
+    _note("score heads' queries and keys", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
+
+
 def ranking_backend(score: Tensor, longest: int) -> str:
     """`triton` or `torch` for ranking blocks by their scores; logged once for every reason.
 

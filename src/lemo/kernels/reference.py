@@ -113,8 +113,9 @@ def _sample_(scores: Tensor, side: int) -> Tensor:
     strips = -(-len(scores) // side)
     for row in range(strips):
         for column in range(row + 1):
-            # 1 below NEAR_STRIPS, 2 below twice that, ...
-            stride = min(2 ** ((row - column) // NEAR_STRIPS).bit_length(), MOST_STRIDE)
+            # 1 below NEAR_STRIPS, 2 below twice that, ..., from the next multiple of the largest on.
+            distance = max(0, row - (column + MOST_STRIDE - 1) // MOST_STRIDE * MOST_STRIDE)
+            stride = min(2 ** (distance // NEAR_STRIPS).bit_length(), MOST_STRIDE)
             stands_for = 0 if row % stride else min(stride, strips - row)
             scores[row * side : (row + 1) * side, column * side : (column + 1) * side] *= stands_for
     return scores

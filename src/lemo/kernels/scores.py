@@ -127,7 +127,8 @@ def _block_pair_scores(
     # The square's first query sees keys after first - window; its last query none after itself.
     wanted = (column <= row) & ((column + 1) * SIDE > row * SIDE - window + 1)
     if SAMPLED:
-        stride = _stride(row - column, NEAR, DOUBLINGS)
+        MOST: tl.constexpr = 1 << DOUBLINGS
+        stride = _stride(row - tl.cdiv(column, MOST) * MOST, NEAR, DOUBLINGS)
         wanted &= row % stride == 0
     if wanted:
         rows = row * SIDE + tl.arange(0, SIDE)

@@ -144,8 +144,9 @@ class ArchitectureView:
         if rotary is None:
             return heads_HNd
         cos, sin = rotary
-        # transformers rotates a pair.
-        return rotation_of(self._attention)(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
+        rows = torch.arange(len(heads_NHd), device=heads_NHd.device)
+        # They rotate a pair.
+        return rotated(rotation_of(self._attention), heads_NHd, heads_NHd[:, :1], cos, sin, rows)[0]
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
         return self.rotate(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)

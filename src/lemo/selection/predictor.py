@@ -12,22 +12,19 @@ Shapes: N rows, D hidden size, n blocks of one document, r and m the rows of the
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lemo.kernels.dispatch import prediction_backend
+from lemo.selection.first_looks import FirstLooks
 from lemo.selection.score_heads import ScoreHeads
 from lemo.selection.scores import mlp_informativeness, previous_blocks
 from lemo.types import NormWeights, SequenceLayout
-
-if TYPE_CHECKING:
-    from lemo.kernels.prediction import FirstLook
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,12 @@ class ActivityPredictor(nn.Module):
         self.register_buffer("spread", torch.ones(width))
         self.register_buffer("scale", torch.tensor(1.0))
         self._ready: _Ready | None = None
-        self._first_look: tuple[tuple[Any, ...], list[Tensor], FirstLook] | None = None
+        self._looks = FirstLooks(self._affine)
 
     def forget(self) -> None:
         """Drops what was made from the matrices, which have changed."""
-        self._ready = self._first_look = None
+        self._ready = None
+        self._looks.forget()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -120,7 +118,7 @@ class ActivityPredictor(nn.Module):
         """
         from lemo.kernels.prediction import mean_activity
 
-        ready, look = self._in(hidden_ND.dtype), self._look(hidden_ND.dtype, norm)
+        ready, look = self._in(hidden_ND.dtype), self._looks.of(hidden_ND.dtype, norm)
         where = (layout.first_row_of_block, layout.block_tokens, layout.block_size)
         return mean_activity(hidden_ND, look, ready.second, ready.third, *where)
 
@@ -128,34 +126,17 @@ class ActivityPredictor(nn.Module):
         """The first matrix for inputs that are only centred, [r, D]."""
         return self.matrices[0] / self.spread
 
-    def _look(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
-        """The first matrix for inputs before their norm. Made anew where the norm's weights have changed, and each
-        time where they can train: fused optimizers leave a tensor's version alone."""
-        weights = [x for x in (norm.weight, norm.bias) if x is not None]
-        if any(x.requires_grad or x.is_inference() for x in weights):
-            self._first_look = None
-            return self._look_anew(dtype, norm)
-        held, made_from = self._first_look, (dtype, norm.eps, *(x._version for x in weights))
-        if held is None or held[0] != made_from or not all(map(operator.is_, held[1], weights)):
-            held = self._first_look = (made_from, weights, self._look_anew(dtype, norm))
-        return held[2]
-
-    @torch.no_grad()
-    def _look_anew(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
-        from lemo.kernels.prediction import FirstLook
-
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """What the first layer does to a normalised input before its ReLU, [r, D] and [r]."""
         first = self._first_matrix()
-        shift = -self.center if norm.bias is None else norm.bias.float() - self.center
-        matrix = (first * norm.weight.float()).to(dtype).contiguous()
-        return FirstLook(matrix, first @ shift, matrix.float().sum(1) if norm.centered else None, norm.eps)
+        return first, -(first @ self.center)
 
     @torch.no_grad()
     def _in(self, dtype: torch.dtype) -> _Ready:
         """Made once for a dtype and device."""
         held = self._ready
         if held is None or held.first.dtype != dtype or held.first.device != self.device:
-            first = self._first_matrix()
-            bias = -(first @ self.center)
+            first, bias = self._affine()
             second, third = self.matrices[1].T.contiguous(), self.matrices[2][0] * self.scale
             held = self._ready = _Ready(*(x.to(dtype) for x in (first, bias, second, third)))
         return held

@@ -29,7 +29,7 @@ class PredictorConfig(Frozen):
         prune_every: steps between prunings.
     """
 
-    rank: int = Field(default=384, ge=1)
+    rank: int = Field(default=320, ge=1)
     head_steps: int = Field(default=200, ge=0)
     head_rate: float = Field(default=0.003, gt=0)
     widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64)

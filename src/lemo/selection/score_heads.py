@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo.kernels.dispatch import projection_backend
+from lemo.selection.first_looks import FirstLooks
 from lemo.selection.scores import attention_informativeness, block_pair_scores
-from lemo.types import SequenceLayout
+from lemo.types import NormWeights, SequenceLayout
 
 # [N, m, d] -> [m, N, d], as the layer positions its own heads in these rows.
 Rotate = Callable[[Tensor], Tensor]
@@ -93,10 +95,15 @@ class ScoreHeads(nn.Module):
         self.query, self.key = query, key
         self.register_buffer("key_of", key_of)
         self._stacked: tuple[Tensor, Tensor] | None = None
+        self._looks = FirstLooks(self._affine)
+        # Whether equally many neighbours share each key, which needs no copies.
+        m, g = self.count, key.matrix.shape[0]
+        self._even = m % g == 0 and key_of.tolist() == [head // (m // g) for head in range(m)]
 
     def forget(self) -> None:
         """Drops what was made from the matrices, which have changed."""
         self._stacked = None
+        self._looks.forget()
 
     def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         self.forget()
@@ -122,58 +129,105 @@ class ScoreHeads(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def positioned(self, x_ND: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
-        """Positioned queries and keys, [m, N, d] each, in the input's dtype.
+        """Positioned queries and keys, in the input's dtype; [m, N, d] each, or g heads of keys where equally many
+        neighbours share them.
 
         Args:
             x_ND: the branch's normalised input, of any number of documents.
             rotate: positions heads of these rows.
         """
+        return self._placed(F.linear(x_ND, *self._stack(x_ND.dtype)), rotate)
+
+    def _placed(self, projected: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
         m, g = self.count, self.key.matrix.shape[0]
-        heads = F.linear(x_ND, *self._stack(x_ND.dtype)).unflatten(-1, (m + g, -1))
-        q, k = rotate(torch.cat([self.query.normed(heads[:, :m]), self.key.normed(heads[:, m:])], 1)).split((m, g))
-        return q, k[self.key_of]
+        heads = projected.unflatten(-1, (m + g, -1))
+        if self.query.gain is not None:
+            heads = torch.cat([self.query.normed(heads[:, :m]), self.key.normed(heads[:, m:])], 1)
+        q, k = rotate(heads).split((m, g))
+        return q, k if self._even else k[self.key_of]
 
     def pair_scores(
-        self, q_MNd: Tensor, k_MNd: Tensor, block_size: int, window: int | None, mass: bool = False
+        self,
+        q_MNd: Tensor,
+        k_MNd: Tensor,
+        block_size: int,
+        window: int | None,
+        *,
+        mass: bool = False,
+        sampled: bool = False,
     ) -> Tensor:
         """One document's estimated pair scores, fp32 [n, n]; query block, key block, 0 above the diagonal.
 
         Args:
             q_MNd, k_MNd: `positioned` rows of it.
-            block_size, window, mass: as `lemo.selection.scores.block_pair_scores`'.
+            block_size, window, mass, sampled: as `lemo.selection.scores.block_pair_scores`'.
         """
         # That takes the mean over heads, these are weighted already; masses are means of theirs, too.
-        return block_pair_scores(q_MNd, k_MNd, 1.0 if mass else float(self.count), block_size, window, mass)
+        scale = 1.0 if mass else float(self.count)
+        return block_pair_scores(q_MNd, k_MNd, scale, block_size, window, mass, sampled=sampled)
+
+    def document_scores(
+        self, q_MNd: Tensor, k_MNd: Tensor, block_size: int, window: int | None, *, causal: bool, mass: bool
+    ) -> Tensor:
+        """One document's estimated block scores, fp32 [n]; arguments as `pair_scores`' and `scores`'.
+
+        Sums over query blocks need only some of the distant ones. A causal score is a query block's own, and masses
+        have denominators.
+        """
+        pairs = self.pair_scores(q_MNd, k_MNd, block_size, window, mass=mass, sampled=not (causal or mass))
+        return attention_informativeness(pairs, causal)
 
     def scores(
-        self, x_ND: Tensor, rotate: Rotate, layout: SequenceLayout, window: int | None, *, causal: bool, mass: bool
+        self,
+        hidden_ND: Tensor,
+        norm: Callable[[Tensor], Tensor] | None,
+        weights: NormWeights | None,
+        rotate: Rotate,
+        layout: SequenceLayout,
+        window: int | None,
+        *,
+        causal: bool,
+        mass: bool,
     ) -> Tensor:
         """Estimated block scores of a batch, fp32 [blocks].
 
         Args:
-            x_ND, rotate: as `positioned`'s, of all rows of the batch.
+            hidden_ND: what goes into the branch's norm, of all rows of the batch.
+            norm: that norm, None where there is none.
+            weights: the norm's, None if they aren't known; then it runs, and no kernel.
+            rotate: as `positioned`'s.
             layout: documents and blocks.
             window: sliding window in tokens, or None.
             causal: the score that looks at earlier blocks only.
             mass: what was estimated is softmax mass.
         """
         # Thresholds were chosen for scores computed so.
-        with torch.autocast(x_ND.device.type, enabled=False):
-            q, k = self.positioned(x_ND, rotate)
-            pairs = (
-                self.pair_scores(q[:, a:b], k[:, a:b], layout.block_size, window, mass) for a, b in layout.documents
-            )
-            return torch.cat([attention_informativeness(of_document, causal) for of_document in pairs])
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            if projection_backend(hidden_ND, weights is not None) == "triton" and weights is not None:
+                from lemo.kernels.projection import projected
+
+                q, k = self._placed(projected(hidden_ND, self._looks.of(hidden_ND.dtype, weights)), rotate)
+            else:
+                q, k = self.positioned(hidden_ND if norm is None else norm(hidden_ND), rotate)
+            found = [
+                self.document_scores(q[:, a:b], k[:, a:b], layout.block_size, window, causal=causal, mass=mass)
+                for a, b in layout.documents
+            ]
+            return torch.cat(found)
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """All matrices [(m + g)·d, D] and biases in one."""
+        sides = self.query, self.key
+        return torch.cat([side.matrix.flatten(0, 1) for side in sides]), torch.cat(
+            [side.bias.flatten() for side in sides]
+        )
 
     def _stack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All matrices [(m + g)·d, D] and biases in one, in a dtype; made once where they don't train."""
+        """`_affine` in a dtype; made once where they don't train."""
         held = self._stacked
         if held is None or held[0].dtype != dtype:
-            sides = self.query, self.key
-            held = (
-                torch.cat([side.matrix.flatten(0, 1) for side in sides]).to(dtype),
-                torch.cat([side.bias.flatten() for side in sides]).to(dtype),
-            )
+            matrix, bias = self._affine()
+            held = matrix.to(dtype), bias.to(dtype)
             self._stacked = None if self.query.matrix.requires_grad else held
         return held
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ class HeadsTraining:
         windows: sliding window of each layer, or None.
         block_size: tokens per block.
         config: steps, rate and memory.
+        still: layers whose heads don't train, since they are all of the layer's own, and exact.
         seed: of the draws.
     """
 
@@ -86,6 +87,8 @@ class HeadsTraining:
         windows: Sequence[int | None],
         block_size: int,
         config: PredictorConfig,
+        *,
+        still: Collection[int] = (),
         seed: int = 0,
     ) -> None:
         self.heads, self.windows, self.block_size, self.config = tuple(heads), tuple(windows), block_size, config
@@ -93,9 +96,10 @@ class HeadsTraining:
         self._scale: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self._memory: deque[HeadsExample] = deque()
-        groups = [group for of_layer in self.heads for group in _groups(of_layer, config.head_rate)]
+        self._layers = [layer for layer in range(len(self.heads)) if layer not in still]
+        groups = [group for layer in self._layers for group in _groups(self.heads[layer], config.head_rate)]
         self._rates = [group["lr"] for group in groups]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99)) if groups else None
 
     @torch.enable_grad()
     def see(self, example: HeadsExample, until: int) -> None:
@@ -104,8 +108,8 @@ class HeadsTraining:
             self._scale = mean_score(example.exact).clamp(min=torch.finfo(torch.float32).tiny)
         self._memory.append(example)
         drop_oldest(self._memory, self.config.memory_gib)
-        while self.step < min(until, self.config.head_steps):
-            self._train()
+        while self._optimizer is not None and self.step < min(until, self.config.head_steps):
+            self._train(self._optimizer)
 
     def finish(self) -> list[ScoreHeads]:
         """The heads, trained."""
@@ -113,20 +117,20 @@ class HeadsTraining:
             heads.requires_grad_(False).forget()
         return list(self.heads)
 
-    def _train(self) -> None:
+    def _train(self, optimizer: torch.optim.Optimizer) -> None:
         factor = 0.5 * (1 + math.cos(math.pi * self.step / self.config.head_steps))
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         example = self._memory[self._draw(len(self._memory))]
         part = part_of(self.block_size, example.x.shape[1])
         # Under two blocks nothing would be left to choose from.
         parts = self.block_size // part if example.x.shape[1] >= 3 * self.block_size else 1
         first = self._draw(parts)
-        self._optimizer.zero_grad(set_to_none=True)
-        for layer in range(len(self.heads)):
+        optimizer.zero_grad(set_to_none=True)
+        for layer in self._layers:
             # One layer's pairs in memory at a time.
             self._loss(example, layer, part, first).backward()
-        self._optimizer.step()
+        optimizer.step()
         self.step += 1
 
     def _draw(self, count: int) -> int:
@@ -152,7 +156,8 @@ class HeadsTraining:
         """Estimated pair scores of the document's parts, fp32 [f, f], differentiable in the heads."""
         q, k = self.heads[layer].positioned(example.x[layer].float(), example.rotate[layer])
         queries, keys, there = best_pairs(q.detach(), k.detach(), part, self.windows[layer])
-        best = (q[:, queries[there]] * k[:, keys[there]]).sum(-1).relu().sum(0)
+        products = q[:, queries[there]].unflatten(0, (len(k), -1)) * k[:, None, keys[there]]
+        best = products.sum(-1).relu().sum((0, 1))
         return torch.zeros_like(example.exact[layer]).masked_scatter(there, best)
 
 

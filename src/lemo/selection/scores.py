@@ -61,21 +61,26 @@ def sample_weights(blocks: int, block_size: int, device: torch.device) -> Tensor
     """How many query blocks each sampled pair score stands for, 0 for none; fp32 [blocks, blocks], as the scores.
 
     Blocks go by strips of 128 tokens (larger ones are strips themselves), all pairs of two strips alike. Of the query
-    strips at a distance from the key's every s-th is looked at, and stands for itself and the s - 1 after it, or those
-    there are: s is 1 below 16 strips, 2 from there, 4 from 32, 8 from 64, 16 from 128.
-
-    A column of strips sums to the number of query strips from its own on if that column is a multiple of the last
-    strip's s; otherwise a few strips where s changes have nobody that stands for them, in all fewer than that s.
+    strips at a distance every s-th is looked at, and stands for itself and the s - 1 after it, or those there are: s is
+    1 below 16 strips, 2 from there, 4 from 32, 8 from 64, 16 from 128. The distance counts from the first multiple of
+    16 that isn't before the key's strip, so that s changes where its multiples are, and a column of strips sums to
+    the query strips that see it.
     """
     side = max(1, STRIP // block_size)
     strips = -(-blocks // side)
     strip = torch.arange(strips, device=device)
-    row_S1, distance_SS = strip[:, None], strip[:, None] - strip
+    row_S1, distance_SS = strip[:, None], strip[:, None] + -strip // MOST_STRIDE * MOST_STRIDE
     stride_SS = torch.ones_like(distance_SS)
     for doubling in range(MOST_STRIDE.bit_length() - 1):
         stride_SS[distance_SS >= NEAR_STRIPS << doubling] = 2 << doubling
     weight_SS = torch.where(row_S1 % stride_SS == 0, stride_SS.minimum(strips - row_S1), 0).tril().float()
     return weight_SS.repeat_interleave(side, 0).repeat_interleave(side, 1)[:blocks, :blocks]
+
+
+def sampled_share(tokens: int) -> float:
+    """Share of a document's pairs of strips that sampling leaves."""
+    strips = -(-tokens // STRIP)
+    return int((sample_weights(strips, STRIP, torch.device("cpu")) > 0).sum()) / (strips * (strips + 1) / 2)
 
 
 def _block_pair_scores(

@@ -244,12 +244,12 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
 
 def _score_by_heads(heads: ScoreHeads, hidden_ND: Tensor, call: ForwardCall) -> Tensor:
     view, kind = call.view, call.config.score
-    # Thresholds were chosen for scores computed so.
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        normed = hidden_ND if view.post_norm else view.attention_norm(hidden_ND)
-        rotate = functools.partial(view.rotate, rotary=call.rotary)
-        causal, mass = kind == "causal", kind == "mass"
-        return heads.scores(normed, rotate, call.layout, view.window, causal=causal, mass=mass)
+    norm, weights = (None, None) if view.post_norm else (view.attention_norm, view.attention_norm_weights)
+    rotate = functools.partial(view.rotate, rotary=call.rotary)
+    return heads.scores(
+        hidden_ND.contiguous(), norm, weights, rotate, call.layout, view.window,
+        causal=kind == "causal", mass=kind == "mass",
+    )  # fmt: skip
 
 
 class NoDropout(TorchFunctionMode):
