@@ -10,34 +10,16 @@ N rows, D hidden size, n blocks, r numbers a token, m width of the second matrix
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lemo.kernels.launching import launch
+from lemo.kernels.projection import FirstLook
 from lemo.kernels.tiles import power_of_2
 
 _COLUMNS = 64
-
-
-@dataclass(frozen=True)
-class FirstLook:
-    """The first matrix and the norm before it.
-
-    Attributes:
-        matrix: for inputs that are scaled but not shifted, in their dtype, [r, D].
-        offset: what is added to the scaled products, fp32 [r].
-        sums: fp32 [r], the matrix's rows summed, where the norm takes the mean away; else None.
-        eps: the norm's.
-    """
-
-    matrix: Tensor
-    offset: Tensor
-    sums: Tensor | None
-    eps: float
 
 
 def mean_activity(

@@ -129,9 +129,14 @@ def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: floa
         matrix_rD, offset_r: with the norm's weight and bias in them.
         eps, centered: the norm's (LayerNorm, or RMS norm).
     """
+    return projected(hidden_ND, matrix_rD, offset_r, eps, centered).relu()
+
+
+def projected(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
+    """What a matrix makes of each row after its norm, [N, r]; arguments as `first_look`'s."""
     x = hidden_ND - hidden_ND.mean(1, keepdim=True) if centered else hidden_ND
     x = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
-    return torch.relu(x @ matrix_rD.T + offset_r)
+    return x @ matrix_rD.T + offset_r
 
 
 class PlainAttention:
