@@ -20,7 +20,8 @@ def rows_of(facts: Facts) -> list[Record]:
     settings = facts.settings
     knobs = (
         f"{settings['allocation']}, keep {settings['keep']:g}, {settings['branches']}, {facts.score}, "
-        f"bypass {settings['bypass_rank']}"
+        f"bypass {settings['bypass_rank']}, rank {settings['predictor']['rank']}, "
+        f"size {settings['predictor']['size']:g}, {settings['predictor']['head_steps']} steps"
     )
 
     def row(setting: str) -> Record:

@@ -8,6 +8,7 @@ of neighbours. Alone, with thresholds that keep half, the device waits for each.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,15 +22,17 @@ from lemo.bench import records
 from lemo.bench.ops import op_record, op_row
 from lemo.bench.records import Record
 from lemo.bench.shapes import build_shape
+from lemo.bench.step import random_predictors
 from lemo.bench.timing import Timed, time_calls
-from lemo.config import BranchSelection, PredictorConfig, SparsityConfig
+from lemo.config import BranchSelection, SparsityConfig
 from lemo.models import get_runtime, sparse_evaluation
 from lemo.models.calibration import BRANCHES
 from lemo.models.device import choose_device
 from lemo.models.mixins import VIEW
 from lemo.models.runtime import flag
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import KINDS, predicted_scores
+from lemo.selection.predictor import predicted_scores
+from lemo.selection.score_heads import ScoreHeads
 from lemo.selection.scores import select_by_score
 
 BLOCK, LAYERS, TURNS = 64, 4, 21
@@ -47,29 +50,32 @@ def measure(shape: str, T: int) -> list[Record]:
     runtime = get_runtime(model)
     assert runtime is not None
     decoder = model.get_decoder()
-    D = model.config.hidden_size
     ids = torch.randint(model.config.vocab_size, (1, T), device=device)
-    runtime.predictors = {
-        (layer, branch): KINDS[branch](D, PredictorConfig().widths).to(device)
-        for layer in range(LAYERS)
-        for branch in BRANCHES
-    }
+    runtime.predictors = random_predictors(shape, LAYERS, device)
     hidden = decoder.embed_tokens(ids)[0]
     layout = build_layout(1, T, BLOCK, torch.device(device))
     view = getattr(decoder.layers[0], VIEW)
-    norms = {
-        "attention": (view.attention_norm, view.attention_norm_weights),
-        "mlp": (view.mlp_norm, view.mlp_norm_weights),
+    positions = torch.arange(T, device=device)[None]
+    rotary = [x[0] for x in decoder.rotary_emb(hidden[None], positions)] if hasattr(decoder, "rotary_emb") else None
+    rotate = functools.partial(view.rotate, rotary=rotary)
+
+    def score(layer: int, branch: str) -> torch.Tensor:
+        predictor = runtime.predictors[layer, branch]
+        if isinstance(predictor, ScoreHeads):
+            norm = view.attention_norm, view.attention_norm_weights
+            return predictor.scores(hidden, *norm, rotate, layout, view.window, causal=False, mass=False)
+        return predicted_scores(predictor, hidden, view.mlp_norm, view.mlp_norm_weights, layout, False)
+
+    halves = {
+        (layer, branch): BranchSelection(threshold=float(score(layer, branch).median()))
+        for layer in range(LAYERS)
+        for branch in BRANCHES
     }
 
-    def score(branch: str) -> torch.Tensor:
-        return predicted_scores(runtime.predictors[0, branch], hidden, *norms[branch], layout, False)
-
-    halves = {branch: BranchSelection(threshold=float(score(branch).median())) for branch in BRANCHES}
-
-    def choose() -> None:
-        for branch in BRANCHES:
-            select_by_score(score(branch), layout, halves[branch], 0)
+    def choose(*branches: str) -> None:
+        for layer in range(LAYERS):
+            for branch in branches:
+                select_by_score(score(layer, branch), layout, halves[layer, branch], 0)
 
     def everything(selection: dict[str, BranchSelection]) -> Callable[[], None]:
         config = runtime.config.model_copy(update=selection)
@@ -94,7 +100,12 @@ def measure(shape: str, T: int) -> list[Record]:
         row.details = {"added_ms": statistics.median(added), "added_ms_min": min(added), "added_ms_max": max(added)}
         print(f"{name}: {row.step_ms:.2f} ms, choices add {row.details['added_ms']:.2f} ms", flush=True)
         rows.append(row)
-    return [*rows, op_row("prediction: the choices of one layer, alone", "lemo-forward", shape, T, choose, device)]
+    for name, branches in (("both branches", BRANCHES), *((branch, (branch,)) for branch in BRANCHES)):
+        run = functools.partial(choose, *branches)
+        rows.append(
+            op_row(f"prediction: choices of {LAYERS} layers, {name}, alone", "lemo-forward", shape, T, run, device)
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -365,28 +365,6 @@ class EvaluationConfig(Frozen):
     sample_tokens: int = Field(default=64, ge=0)
 
 
-class PredictorConfig(Frozen):
-    """How predictors are made (`lemo.selection.predictor_training`).
-
-    Args:
-        widths: rows of the three matrices before they shrink; of the last, the length of I(Q) and I(K).
-        steps: training steps; all layers' predictors make each together.
-        memory_gib: newest documents that a step's is drawn from, as many as take so many GiB on the model's device; of
-            each branch.
-        learning_rate, weight_decay: AdamW's; the rate falls to zero along a cosine.
-        neurons: share of the first two matrices' rows that pruning leaves; 1 keeps all.
-        prune_every: steps between prunings.
-    """
-
-    widths: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)], Annotated[int, Field(ge=4)]] = (64, 64, 32)
-    steps: int = Field(default=4096, ge=1)
-    memory_gib: float = Field(default=8.0, gt=0)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=1.0, ge=0)
-    neurons: float = Field(default=0.65, gt=0, le=1)
-    prune_every: int = Field(default=64, ge=1)
-
-
 class RunConfig(Frozen):
     """One run of `lemo finetune`: a YAML file plus `--set key=value`."""
 

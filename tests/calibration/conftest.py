@@ -16,8 +16,11 @@ QUICK = (
     "data.heldout_share=0.2",
     "block_size=16",
     "predictor.steps=300",
-    "predictor.widths=[24,16,8]",
-    "predictor.neurons=0.65",
+    # Half of the heads; with all of them nothing would be estimated.
+    "predictor.rank=48",
+    "predictor.head_steps=100",
+    "predictor.widths=[24,16]",
+    "predictor.size=0.65",
     "bypass_rank=8",
     "judge_sequences=5",
 )

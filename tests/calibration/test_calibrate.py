@@ -31,10 +31,11 @@ def test_what_is_found(family: str, place: Any) -> None:
     assert facts.loss_uniform is not None
     assert facts.loss_dense - 0.01 < facts.loss_sparse < facts.loss_uniform
     assert facts.branches.keys() == {"attention", "mlp"}
-    for branch in facts.branches.values():
+    for name, branch in facts.branches.items():
         # Random blocks would have 0.5.
         assert sum(branch.recall) / 4 > 0.85
-        assert sum(branch.size) < 0.9 * sum(branch.first_size)
+        assert sum(branch.size) < 0.66 * sum(branch.first_size)
+        assert (len(set(branch.size)) > 1) == (name == "attention")
         assert branch.explained is not None
         assert all(0 < share <= 1 for share in branch.explained)
         assert all((t == 0) == (k == 1) for t, k in zip(branch.thresholds, branch.keep, strict=True))
@@ -65,6 +66,7 @@ def test_dense_passes_count_in_keep(values: dict[str, Any], dense_share: float, 
         ("llama", ["allocation=uniform", "branches=mlp"]),
         ("llama", ["loss_tolerance=0.02", "bypass_rank=0"]),
         ("qwen2", ["score=causal"]),
+        ("qwen3", ["allocation=uniform"]),
         ("llama", ["score=mass"]),
     ],
 )
@@ -120,7 +122,7 @@ def test_an_interrupted_calibration_goes_on(place: Any, tmp_path: Path, monkeypa
         for field, values in branch.model_dump().items():
             # Where tensors lie in memory decides the last bits.
             assert values == pytest.approx(getattr(whole.branches[name], field), rel=1e-4, abs=1e-6), (name, field)
-    assert (found.facts.fingerprint, found.facts.widths) == (whole.fingerprint, whole.widths)
+    assert found.facts.fingerprint == whole.fingerprint
     assert all(torch.equal(t, fitted[name]) for name, t in load_file(tmp_path / "c" / TENSORS_FILE).items())
     lines = [json.loads(line)["thresholds"] for line in ledger.read_text().splitlines()]
     assert len(lines) == len(set(lines)), "nothing was measured twice"

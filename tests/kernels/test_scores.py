@@ -9,6 +9,7 @@ from test_attention import DEVICE, DTYPES, HEADS, poisoned
 from lemo.kernels import reference
 
 pytest.importorskip("triton")
+from lemo.kernels import scores
 from lemo.kernels.scores import block_pair_scores
 
 CASES = {
@@ -29,16 +30,17 @@ def draw(T, heads, d, dtype):
     return [torch.randn(T, h, d, generator=generator).to(DEVICE, dtype).transpose(0, 1) for h in heads]
 
 
-def check(case, heads, d, dtype, monkeypatch, mass=False):
+def check(case, heads, d, dtype, monkeypatch, mass=False, sampled=False):
     T, block_size, window = case
     q, k = draw(T, heads, d, dtype)
-    wanted = reference.block_pair_scores(q.double(), k.double(), d**-0.5, block_size, window, mass)
+    wanted = reference.block_pair_scores(q.double(), k.double(), d**-0.5, block_size, window, mass, sampled=sampled)
     poisoned(monkeypatch)
-    found = block_pair_scores(q, k, d**-0.5, block_size, window, mass)
+    found = block_pair_scores(q, k, d**-0.5, block_size, window, mass, sampled=sampled)
     assert found.dtype == torch.float32
     # Products of the inputs are exact; sums are fp32.
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
     assert not found.triu(1).any()
+    return found
 
 
 @pytest.mark.parametrize("mass", [False, True], ids=["largest", "mass"])
@@ -65,3 +67,29 @@ def test_a_rows_mass_sums_to_one_even_where_scores_are_large():
 def test_negative_products_count_for_nothing():
     q = torch.ones(1, 40, 16, device=DEVICE)
     assert not block_pair_scores(q, -q, 1.0, 16, None).any()
+
+
+def test_sampled_equals_the_twin(monkeypatch):
+    # 36 strips: every one, every second, every fourth.
+    found = check((4501, 64, None), (1, 1), 16, torch.float32, monkeypatch, sampled=True)
+    looked_at = found[::2, ::2] > 0
+    assert looked_at[:, 0].nonzero().flatten().tolist() == [*range(16), *range(16, 32, 2), 32]
+    assert looked_at[:, 1].nonzero().flatten().tolist() == [*range(1, 32), 32, 34]
+
+
+SAMPLED = {
+    "blocks of 16": (901, 16, None),
+    "blocks of 64": (769, 64, None),
+    "a block a square": (1024, 128, None),
+    "window": (895, 32, 500),
+    "one square": (100, 16, None),
+}
+
+
+@pytest.mark.parametrize(("near", "most"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("case", SAMPLED)
+def test_sampled_equals_the_twin_at_every_stride(case, near, most, monkeypatch):
+    for module in (reference, scores):
+        monkeypatch.setattr(module, "NEAR_STRIPS", near)
+        monkeypatch.setattr(module, "MOST_STRIDE", most)
+    check(SAMPLED[case], HEADS["one"], 16, torch.float16, monkeypatch, sampled=True)

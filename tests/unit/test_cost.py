@@ -96,10 +96,11 @@ def test_late_queries_are_most_of_the_work(rows: range | list[int], share: float
 
 
 def test_forward_leaves_out_what_it_leaves_out() -> None:
-    # SmolLM2: q and o 576 x 576, k and v 576 x 192, three of 576 x 1,536; predictors' first matrices 3 x 64 x 576.
+    # SmolLM2: q and o 576 x 576, k and v 576 x 192, three of 576 x 1,536; 3.25 score heads of 64 on average
+    # have queries and keys, and products for each pair; an MLP predictor's first matrix 64 x 576.
     attention_linear, mlp_linear = 2 * 1024 * (2 * 576 * 576 + 2 * 576 * 192), 2 * 1024 * 3 * 576 * 1536
     attention = 2 * 2 * 576 * 1024 * 1025 / 2
-    choice, head = 2 * 1024 * 576 * 3 * 64, 4 * 64 * 576 * 49152
+    choice, head = 2 * 1024 * 576 * (2 * 208 + 64) + 1024 * 1025 * 208, 4 * 64 * 576 * 49152
     shape = ("smollm2-135m", 2, 1024, 64)
     for method, linear, attending in (("lemo-forward", 2, 3.5), ("lemo-forward+ckpt", 3, 4.5)):
         wanted = linear * (0.5 * attention_linear + 0.25 * mlp_linear) + attending * 0.3 * attention + choice

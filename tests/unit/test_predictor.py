@@ -1,183 +1,111 @@
-"""Predictors: their scores are what the exact code makes of their pair scores; none looks ahead where it mustn't."""
+"""MLPs' predictors: their scores are means of their tokens'; none looks ahead where it mustn't."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lemo.config import PredictorConfig
-from lemo.models.calibration import widths_of
 from lemo.selection import predictor_training
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import KINDS, ActivityPredictor, AttentionPredictor, Predictor, predicted_scores
-from lemo.selection.predictor_blocks import Blocks, part_of, reaches, scores_of_blocks
+from lemo.selection.predictor import ActivityPredictor, activity_predictor_of, predicted_scores
+from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.predictor_stack import PredictorStack
-from lemo.selection.predictor_training import GIB, Example, PredictorTraining, recall
-from lemo.selection.scores import attention_informativeness, block_pair_scores, mlp_informativeness
+from lemo.selection.predictor_training import GIB, Example, PredictorTraining
+from lemo.selection.score_errors import recall
+from lemo.selection.scores import block_means, mlp_informativeness
+from lemo.types import SequenceLayout
 
 D, SIZE = 12, 8
 
 
-def attention(widths: tuple[int, int, int] = (6, 5, 4)) -> AttentionPredictor:
-    torch.manual_seed(0)
-    return measured(AttentionPredictor(D, widths))
-
-
-def measured(predictor: Any) -> Any:
+def measured(widths: tuple[int, int] = (6, 5)) -> ActivityPredictor:
+    predictor = ActivityPredictor(D, widths)
     predictor.center.normal_()
     predictor.spread.uniform_(0.5, 2.0)
     predictor.scale.fill_(0.3)
     return predictor
 
 
-def same(x: Tensor) -> Tensor:
-    return x
+def packed(*lengths: int) -> SequenceLayout:
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return build_layout(1, sum(lengths), SIZE, torch.device("cpu"), position_ids=positions)
 
 
-def by_the_book(predictor: Predictor, x: Tensor, blocks: Blocks) -> list[Tensor]:
-    """Each network's outputs, matrix by matrix and block by block."""
-    x = (x - predictor.center) / predictor.spread
-    found = []
-    for network in predictor.by_name.values():
-        first, second, third = (m.to(x.dtype) for m in network.matrices)
-        low = torch.relu(x @ first.T)
-        if network.pooled:
-            parts = low.split(blocks.size)
-            mean, largest = torch.stack([p.mean(0) for p in parts]), torch.stack([p.amax(0) for p in parts])
-            low = torch.cat([mean, largest, blocks.places(x.device, x.dtype)], 1)
-        found.append(torch.relu(torch.relu(low @ second.T) @ third.T))
-    return found
+def scored(
+    predictor: ActivityPredictor, x: Tensor, causal: bool = False, layout: SequenceLayout | None = None
+) -> Tensor:
+    return predicted_scores(predictor, x, None, None, layout or packed(len(x)), causal)
 
 
-@pytest.mark.parametrize("tokens", [SIZE, 3 * SIZE, 41])
-@pytest.mark.parametrize("causal", [False, True])
-def test_sums_are_those_of_the_pair_scores(tokens: int, causal: bool) -> None:
-    predictor, x, blocks = attention(), torch.randn(tokens, D), Blocks(tokens, SIZE)
-    pairs = predictor.pair_scores(x, blocks)
-    assert pairs.shape == (blocks.count, blocks.count)
-    assert not pairs.triu(1).any()
-    wanted = attention_informativeness(pairs, causal)
-    torch.testing.assert_close(predictor.informativeness(x, blocks, causal), wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_outputs_meet_over_their_reach() -> None:
-    predictor, x = attention((6, 5, 9)), torch.randn(30 * SIZE, D)
-    blocks = Blocks(len(x), SIZE)
-    query, key = predictor.outputs(x, blocks).chunk(2, 1)
-    wanted = torch.zeros(30, 30)
-    for i in range(30):
-        for j in range(i + 1):
-            meet = (i - j < predictor.reach).float()
-            wanted[i, j] = (query[i] * key[j] * meet).sum()
-    torch.testing.assert_close(predictor.pair_scores(x, blocks), wanted)
-    assert predictor.reach[0] == 2
-    assert predictor.reach[-1] > 2**20
-
-
-@pytest.mark.parametrize("width", [1, 4, 5, 32])
-def test_reaches_rise_to_the_whole_document(width: int) -> None:
-    found = reaches(width)
-    assert len(found) == width
-    assert (found.diff() >= 0).all()
-    assert found[-1] > 2**20
-
-
-@pytest.mark.parametrize("mass", [False, True])
-@pytest.mark.parametrize("tokens", [64, 75, 90])
-@pytest.mark.parametrize("first", [0, 1, 3])
-def test_scores_of_parts_make_those_of_blocks(first: int, tokens: int, mass: bool) -> None:
-    """Also where the blocks begin at another part: as if there were no rows before it, but for mass's denominators."""
-    torch.manual_seed(0)
-    q, k = torch.randn(4, tokens, 8), torch.randn(2, tokens, 8)
-    parts = block_pair_scores(q, k, 0.3, 4, None, mass)[first:, first:]
-    rows = tokens - 4 * first
-    sizes = torch.tensor([float(min(4, rows - i)) for i in range(0, rows, 4)])
-    found = scores_of_blocks(parts, 4, sizes if mass else None)
-    if not mass:
-        torch.testing.assert_close(found, block_pair_scores(q[:, 4 * first :], k[:, 4 * first :], 0.3, 16, None))
-    elif not first:
-        torch.testing.assert_close(found, block_pair_scores(q, k, 0.3, 16, None, True))
-    else:
-        assert found.shape == (-(-rows // 16),) * 2
-        assert (found.sum(1) < 1).all()
-
-
-def test_parts_of_blocks() -> None:
-    assert [part_of(size) for size in (8, 16, 32, 48, 64, 100, 128)] == [8, 16, 16, 24, 16, 25, 32]
+def by_the_book(predictor: ActivityPredictor, x: Tensor) -> Tensor:
+    """The tokens' activities in the scores' unit, matrix by matrix."""
+    x = (x.double() - predictor.center) / predictor.spread
+    for matrix in predictor.matrices:
+        x = torch.relu(x @ matrix.double().T)
+    return x[:, 0] * predictor.scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("branch", KINDS)
-def test_networks_of_any_widths_run_as_one(branch: str, dtype: torch.dtype) -> None:
+def test_activities(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    predictor = measured(KINDS[branch](D, (6, 5, 4)))
-    first, second = next(iter(predictor.by_name.values())).matrices[:2]
-    if branch == "attention":  # As a pruned network would be: narrower than the other.
-        first.data, second.data = first.data[1:], torch.cat([second.data[:, 1:6], second.data[:, 7:]], 1)
-    x, blocks = torch.randn(41, D).to(dtype), Blocks(41, SIZE)
-    wanted = by_the_book(predictor, x.double(), blocks)
-    if branch == "mlp":
-        wanted = [blocks.mean(by_token) for by_token in wanted]
-    wanted[-1] = wanted[-1] * predictor.scale
+    predictor, x = measured(), torch.randn(41, D).to(dtype)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-    found = predictor.outputs(x, blocks)
-    torch.testing.assert_close(found.double(), torch.cat(wanted, 1), **tolerance)
-    # Other inputs' dtype: stacked anew.
-    torch.testing.assert_close(predictor.outputs(x.float(), blocks), found.float(), **tolerance)
+    found = predictor.activity(x)
+    torch.testing.assert_close(found.double(), by_the_book(predictor, x), **tolerance)
+    # Other inputs' dtype: made anew.
+    torch.testing.assert_close(predictor.activity(x.float()), found.float(), **tolerance)
 
 
-@pytest.mark.parametrize("branch", KINDS)
-def test_loaded_matrices_are_taken(branch: str) -> None:
+def test_loaded_matrices_are_taken() -> None:
     torch.manual_seed(0)
-    predictor, other = (measured(KINDS[branch](D, (6, 5, 4))) for _ in range(2))
-    x, blocks = torch.randn(41, D), Blocks(41, SIZE)
-    before = predictor.outputs(x, blocks)
+    predictor, other, x = measured(), measured(), torch.randn(41, D)
+    before = predictor.activity(x)
     predictor.load_state_dict(other.state_dict())
-    assert torch.equal(predictor.outputs(x, blocks), other.outputs(x, blocks))
-    assert not torch.equal(predictor.outputs(x, blocks), before)
-    assert predictor.double().outputs(x.double(), blocks).dtype == torch.float64
+    assert torch.equal(predictor.activity(x), other.activity(x))
+    assert not torch.equal(predictor.activity(x), before)
+    assert predictor.double().activity(x.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("branch", KINDS)
-def test_a_stack_puts_out_what_each_layers_predictor_does(branch: str) -> None:
+def test_predictors_come_back_from_their_tensors() -> None:
+    predictor, x = measured((7, 4)), torch.randn(41, D)
+    state = predictor.state_dict()
+    assert torch.equal(activity_predictor_of(state).activity(x), predictor.activity(x))
+    for name in state:
+        with pytest.raises((KeyError, RuntimeError)):
+            activity_predictor_of({key: value for key, value in state.items() if key != name})
+
+
+def test_a_stack_puts_out_what_each_layers_predictor_does() -> None:
     torch.manual_seed(0)
-    predictors = [measured(KINDS[branch](D, (6, 5, 4))) for _ in range(3)]
-    stack, blocks, x = PredictorStack(predictors), Blocks(41, SIZE), torch.randn(3, 41, D)
-    active = stack(x, blocks)
+    predictors = [measured() for _ in range(3)]
+    stack, x = PredictorStack(predictors), torch.randn(3, 41, D)
+    found = stack(x).top
     for layer, predictor in enumerate(predictors):
-        wanted = torch.stack(by_the_book(predictor, x[layer], blocks))
-        torch.testing.assert_close(active.top[layer], wanted, rtol=1e-5, atol=1e-6)
-    if branch == "attention":
-        wanted = torch.stack([p.pair_scores(y, blocks) / p.scale for p, y in zip(predictors, x, strict=True)])
-        torch.testing.assert_close(stack.estimates(active), wanted, rtol=1e-5, atol=1e-6)
+        wanted = by_the_book(predictor, x[layer]) / predictor.scale
+        torch.testing.assert_close(found[layer].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("branch", KINDS)
-def test_layers_train_side_by_side_as_each_does_alone(branch: str) -> None:
+def test_layers_train_side_by_side_as_each_does_alone() -> None:
     """Clipping, prunings and the optimizer of one layer know nothing of another."""
-    config = PredictorConfig(steps=12, prune_every=4, neurons=0.6, learning_rate=1e-2)
+    config = PredictorConfig(steps=12, prune_every=4, size=0.6, learning_rate=1e-2)
     generator = torch.Generator().manual_seed(0)
-    seen = [together(examples(branch, 3, generator)) for _ in range(4)]
+    seen = [together(examples(3, generator)) for _ in range(4)]
     torch.manual_seed(0)
-    predictors = [KINDS[branch](D, (9, 8, 6)) for _ in range(3)]
+    predictors = [ActivityPredictor(D, (9, 8)) for _ in range(3)]
     alone = [PredictorTraining([copy.deepcopy(p)], SIZE, config) for p in predictors]
     side_by_side = PredictorTraining(predictors, SIZE, config)
     for example in seen:
         side_by_side.see(example, 3)
         for layer, training in enumerate(alone):
             training.see(Example(example.x[layer : layer + 1], example.exact[layer : layer + 1]), 3)
-    widths = set()
     for found, training in zip(side_by_side.finish(), alone, strict=True):
         (wanted,) = training.finish()
-        assert widths_of({(0, branch): found}) == widths_of({(0, branch): wanted})
-        widths |= {network.widths for network in found.by_name.values()}
+        assert [len(matrix) for matrix in found.matrices] == [5, 5, 1]
         for key, value in found.state_dict().items():
             torch.testing.assert_close(value, wanted.state_dict()[key], rtol=1e-3, atol=1e-5)
-    assert (9, 8, 6) not in widths
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 64])
@@ -188,35 +116,18 @@ def test_no_neuron_goes_that_nobody_has_counted(every: int, monkeypatch: pytest.
         predictor_training, "prune", lambda _, counts, *__: (counted.append(counts.documents), counts.reset())
     )
     config = PredictorConfig(steps=20, prune_every=every)
-    training = PredictorTraining([KINDS["mlp"](D, (6, 5, 4))], SIZE, config)
+    training = PredictorTraining([ActivityPredictor(D, (6, 5))], SIZE, config)
     training.see(Example(torch.randn(1, 40, D), torch.rand(1, 40)), steps=20)
     assert len(counted) == max(1, 15 // every)
     assert min(counted) > 0
 
 
-def test_blocks_begin_anywhere() -> None:
-    """Steps see documents from any of their parts on; a block of the parts' size would leave no choice."""
-    torch.manual_seed(0)
-    training = PredictorTraining([AttentionPredictor(D, (6, 5, 4))], 64, PredictorConfig(steps=40))
-    starts = set()
-    forward = training.stack.forward
-
-    def watched(x: Tensor, blocks: Blocks, *args: Any) -> Any:
-        starts.add((blocks.start, x.shape[1]))
-        return forward(x, blocks, *args)
-
-    training.stack.forward = watched  # type: ignore[method-assign]
-    training.see(Example(torch.randn(1, 300, D), torch.rand(1, 19, 19).tril()), 40)
-    assert starts == {(0.0, 300), (0.25, 284), (0.5, 268), (0.75, 252)}
-
-
 def test_old_documents_are_forgotten_when_memory_is_full() -> None:
-    (example,) = examples("mlp", 1, torch.Generator().manual_seed(0))
-    example = together([example])
+    example = together(examples(1, torch.Generator().manual_seed(0)))
     size = 4 * (example.x.numel() + example.exact.numel())
     torch.manual_seed(0)
     training = PredictorTraining(
-        [ActivityPredictor(D, (6, 5, 4))], SIZE, PredictorConfig(steps=9, memory_gib=2.5 * size / GIB)
+        [ActivityPredictor(D, (6, 5))], SIZE, PredictorConfig(steps=9, memory_gib=2.5 * size / GIB)
     )
     held = []
     for _ in range(4):
@@ -225,68 +136,58 @@ def test_old_documents_are_forgotten_when_memory_is_full() -> None:
     assert held == [1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("branch", KINDS)
-def test_causal_scores_dont_look_ahead(branch: str) -> None:
+def test_causal_scores_dont_look_ahead() -> None:
     torch.manual_seed(0)
-    predictor, x = KINDS[branch](D, (6, 5, 4)), torch.randn(45, D)
-    blocks = Blocks(45, SIZE)
+    predictor, x = ActivityPredictor(D, (6, 5)), torch.randn(45, D)
     changed = x.clone()
     changed[3 * SIZE :] += 1
-    before, after = (predictor.informativeness(values, blocks, True) for values in (x, changed))
+    before, after = (scored(predictor, values, causal=True) for values in (x, changed))
     torch.testing.assert_close(before[:4], after[:4], rtol=0, atol=0)
     assert not torch.equal(before[4:], after[4:])
-    looking = [predictor.informativeness(values, blocks, False) for values in (x, changed)]
-    assert not torch.equal(looking[0][:4], looking[1][:4]) or branch == "mlp"
 
 
-def test_activities_are_means_of_tokens() -> None:
+@pytest.mark.parametrize("tokens", [SIZE, 3, 21])
+def test_scores_are_means_of_tokens(tokens: int) -> None:
     torch.manual_seed(0)
-    predictor, x = ActivityPredictor(D, (6, 5, 4)), torch.randn(21, D)
-    by_token = predictor.informativeness(x, Blocks(21, 1), False)
-    layout = build_layout(1, 21, SIZE, torch.device("cpu"))
-    found = predictor.informativeness(x, Blocks(21, SIZE), False)
-    torch.testing.assert_close(found, mlp_informativeness(by_token, layout, causal=False))
+    predictor, x = measured(), torch.randn(tokens, D)
+    activity = predictor.activity(x)
+    wanted = mlp_informativeness(activity, packed(tokens), causal=False)
+    torch.testing.assert_close(scored(predictor, x), wanted)
+    torch.testing.assert_close(block_means(activity, SIZE), wanted)
 
 
 @pytest.mark.parametrize("lengths", [(25, 35), (16, 16), (3, 40, 8, 1), (200, *(9 * [1]))])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("branch", KINDS)
-def test_a_batch_is_its_documents(branch: str, causal: bool, lengths: tuple[int, ...]) -> None:
+def test_a_batch_is_its_documents(causal: bool, lengths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    predictor, x = measured(KINDS[branch](D, (6, 5, 4))), torch.randn(sum(lengths), D)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    layout = build_layout(1, sum(lengths), SIZE, torch.device("cpu"), position_ids=positions)
-    parts = [predictor.informativeness(x[a:b], Blocks(b - a, SIZE), causal) for a, b in layout.documents]
-    torch.testing.assert_close(predicted_scores(predictor, x, same, None, layout, causal), torch.cat(parts))
+    predictor, x = measured(), torch.randn(sum(lengths), D)
+    layout = packed(*lengths)
+    parts = [scored(predictor, x[a:b], causal) for a, b in layout.documents]
+    torch.testing.assert_close(scored(predictor, x, causal, layout), torch.cat(parts))
 
 
 def test_autocast_changes_no_score() -> None:
-    predictor, x = attention(), torch.randn(40, D)
-    layout = build_layout(1, 40, SIZE, torch.device("cpu"))
-    wanted = predicted_scores(predictor, x, same, None, layout, False)
+    predictor, x = measured(), torch.randn(40, D)
+    wanted = scored(predictor, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(predicted_scores(predictor, x, same, None, layout, False), wanted)
+        assert torch.equal(scored(predictor, x), wanted)
 
 
 def test_half_precision_inputs() -> None:
-    predictor, x = attention(), torch.randn(40, D)
-    exact, half = (predictor.informativeness(v, Blocks(40, SIZE), False) for v in (x, x.bfloat16()))
+    torch.manual_seed(0)
+    predictor, x = measured(), torch.randn(40, D)
+    half = scored(predictor, x.bfloat16())
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, exact, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(half, scored(predictor, x), rtol=0.05, atol=0.01)
 
 
-def examples(branch: str, count: int, generator: torch.Generator) -> list[Example]:
+def examples(count: int, generator: torch.Generator) -> list[Example]:
     """Of one layer; scores that three low-rank matrices can tell: a few directions of the input decide."""
     found = []
     for _ in range(count):
         loud = torch.rand(20, 1, generator=generator).repeat_interleave(SIZE, 0)
         x = torch.randn(20 * SIZE, D, generator=generator) * (0.3 + loud)
-        strong = x[:, :2].clamp(min=0)
-        if branch == "mlp":
-            found.append(Example(x, 0.2 + strong.sum(1)))
-        else:
-            largest = strong.view(20, SIZE, 2).amax(1)
-            found.append(Example(x, (0.1 + largest[:, :1] @ largest[:, 1:].T).tril()))
+        found.append(Example(x, 0.2 + x[:, :2].clamp(min=0).sum(1)))
     return found
 
 
@@ -294,26 +195,18 @@ def together(of_layers: list[Example]) -> Example:
     return Example(torch.stack([e.x for e in of_layers]), torch.stack([e.exact for e in of_layers]))
 
 
-@pytest.mark.parametrize("branch", KINDS)
-def test_training_finds_the_blocks_that_count(branch: str) -> None:
+def test_training_finds_the_blocks_that_count() -> None:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    config = PredictorConfig(steps=300, neurons=0.9)
-    training = PredictorTraining([KINDS[branch](D, (16, 16, 8))], SIZE, config)
-    judged = examples(branch, 6, generator)
+    training = PredictorTraining([ActivityPredictor(D, (16, 16))], SIZE, PredictorConfig(steps=300, size=0.9))
+    judged = examples(6, generator)
 
     def judge() -> float:
-        blocks = Blocks(20 * SIZE, SIZE)
         (predictor,) = training.finish()
-        found = [predictor.informativeness(e.x, blocks, False) for e in judged]
-        return sum(recall(f, exact_of(e), 0.5) for f, e in zip(found, judged, strict=True)) / len(judged)
+        found = [scored(predictor, e.x) for e in judged]
+        return sum(recall(f, block_means(e.exact, SIZE), 0.5) for f, e in zip(found, judged, strict=True)) / len(judged)
 
-    def exact_of(example: Example) -> Tensor:
-        if branch == "mlp":
-            return Blocks(20 * SIZE, SIZE).mean(example.exact[:, None])[:, 0]
-        return attention_informativeness(example.exact, False)
-
-    for example in examples(branch, 60, generator):
+    for example in examples(60, generator):
         training.see(together([example]), 5)
     assert training.step == 300
     assert judge() >= 0.85, judge()

@@ -8,7 +8,7 @@ In units of a layer's dense forward, with frozen weights (no gradients for them)
 | LoRA | 2: forward, gradient | 3.5: forward 1, backward 2.5 |
 | with gradient checkpointing | 3 | 4.5 |
 | `backward` | 1 + 2 keep, and keys and values of all rows again: forward, gradient | 1 + 3.5 s |
-| `forward` | 2 keep, with checkpointing 3 keep, of each branch; predictors' first matrices once | 3.5 s, 4.5 s |
+| `forward` | 2 keep, with checkpointing 3 keep, of each branch; what predictors read and pair once | 3.5 s, 4.5 s |
 | LongLoRA | as LoRA | 3.5 r, 4.5 r |
 | `attend` | 3 | 4.5 r |
 | `backward+attend` | as `backward` | r + 3.5 s |
@@ -26,8 +26,9 @@ import torch
 
 from lemo.bench.shapes import SHAPES, Widths
 from lemo.bench.step_config import LIGER, checkpointed
-from lemo.config import PredictorConfig
 from lemo.selection.attend import AttendGrid
+from lemo.selection.predictor_config import PredictorConfig
+from lemo.selection.scores import sampled_share
 from lemo.types import TokenPlan
 
 TERA = 1e12
@@ -100,8 +101,11 @@ class _Units:
         self.attention_linear = self.key_value + 2 * T * 2 * w.D * w.A
         self.mlp_linear = float(2 * T * len(w.mlp) * w.D * w.F)
         self.linear = self.attention_linear + self.mlp_linear
-        # Two networks' first matrices in attention, one's in the MLP.
-        self.choice = float(2 * T * w.D * 3 * PredictorConfig().widths[0])
+        # Score heads' queries and keys, their products for each visible pair, far ones for some queries; the first matrix
+        # of the MLP's predictor.
+        predictor = PredictorConfig()
+        heads = w.d * max(1.0, predictor.size * predictor.heads(w.d, w.A // w.d))
+        self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + sampled_share(T) * T * (T + 1) * heads)
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * w.A)
         # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.

@@ -51,6 +51,7 @@ class Widths:
 
     Attributes:
         D, A, K, F: the hidden size, query heads · head size, key heads · head size, the MLP's width.
+        d: head size.
         head: what enters the language-model head; OPT-350M projects down to it.
         pre_norm: False where norms follow the addition (OPT-350M).
         attention, mlp: (in, out) of each linear by its name; a gated MLP has three.
@@ -60,6 +61,7 @@ class Widths:
     A: int
     K: int
     F: int
+    d: int
     head: int
     pre_norm: bool
     attention: dict[str, tuple[int, int]]
@@ -76,7 +78,7 @@ class Widths:
         attention = {names.query: (D, A), names.key: (D, K), names.value: (D, K), names.output: (A, D)}
         mlp = {name: (D, F) for name in (names.gate, names.up) if name} | {names.down: (F, D)}
         head = values.get("word_embed_proj_dim", D)
-        return cls(D, A, K, F, head, values.get("do_layer_norm_before", True), attention, mlp)
+        return cls(D, A, K, F, d, head, values.get("do_layer_norm_before", True), attention, mlp)
 
     @property
     def gated(self) -> bool:

@@ -37,11 +37,11 @@ from lemo.bench.liger import check_liger, liger_kernels
 from lemo.bench.parts import time_parts
 from lemo.bench.placements import read_placements
 from lemo.bench.records import Record
-from lemo.bench.shapes import build_shape, full_depth
+from lemo.bench.shapes import Widths, build_shape, full_depth
 from lemo.bench.step_config import StepConfig, StepMethod, load_step
 from lemo.bench.timing import free_memory, timed
 from lemo.bench.trl_step import check_trl, trl_steps
-from lemo.config import PredictorConfig, RunConfig, SparsityConfig, TrainingConfig
+from lemo.config import RunConfig, SparsityConfig, TrainingConfig
 from lemo.config_io import SAVED_CONFIG, save_resolved
 from lemo.data.labelling import IGNORED
 from lemo.errors import UserError
@@ -50,7 +50,9 @@ from lemo.memory.tracker import GIB
 from lemo.models import get_runtime
 from lemo.models.device import choose_device
 from lemo.selection.placement import place_blocks
-from lemo.selection.predictor import KINDS, Predictor
+from lemo.selection.predictor import ActivityPredictor, Predictor
+from lemo.selection.predictor_config import PredictorConfig
+from lemo.selection.score_heads import random_heads
 from lemo.sparse.parts import part
 from lemo.training.directory import refuse_used
 from lemo.training.job import prepare_model
@@ -269,7 +271,7 @@ def wrapped(config: StepConfig, place: Place, method: StepMethod, device: str) -
         shift_attention(model, method.groups or GROUPS)
     runtime: Any = get_runtime(model)
     if method.forward:
-        runtime.predictors = random_predictors(place.layers, model.config.hidden_size, device)
+        runtime.predictors = random_predictors(place.shape, place.layers, device)
     if method.keep is not None:
         keep, density = method.keep, densities(config, method, place.layers)
         # Every step has the same blocks; placing them isn't a step's work.
@@ -289,10 +291,15 @@ def _base(config: StepConfig, place: Place, device: str) -> Any:
     return build_shape(place.shape, place.layers, place.T, getattr(torch, config.dtype), device)
 
 
-def random_predictors(layers: int, width: int, device: str) -> dict[tuple[int, str], Predictor]:
-    """Predictors of both branches of every layer, as large as before training; what they predict means nothing."""
-    widths = PredictorConfig().widths
-    found = {(i, branch): KINDS[branch](width, widths) for i in range(layers) for branch in KINDS}
+def random_predictors(shape: str, layers: int, device: str) -> dict[tuple[int, str], Predictor]:
+    """Predictors of both branches of every layer, what they predict means nothing. Attention's are as large as layers'
+    are on average after they have shrunk, MLPs' as before."""
+    widths, config = Widths.of(shape), PredictorConfig()
+    average = max(1.0, config.size * config.heads(widths.d, widths.A // widths.d))
+    found: dict[tuple[int, str], Predictor] = {}
+    for layer in range(layers):
+        found[layer, "attention"] = random_heads(int((layer + 1) * average) - int(layer * average), widths.d, widths.D)
+        found[layer, "mlp"] = ActivityPredictor(widths.D, config.widths)
     return {key: predictor.to(device).requires_grad_(False) for key, predictor in found.items()}
 
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lemo.config import DataConfig, Frozen, ModelConfig, PredictorConfig, Score, Share
+from lemo.config import DataConfig, Frozen, ModelConfig, Score, Share
 from lemo.config_io import flags, load
+from lemo.selection.predictor_config import PredictorConfig
 
 
 class CalibrationConfig(Frozen):

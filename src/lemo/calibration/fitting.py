@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +15,16 @@ from lemo.calibration.config import CalibrationConfig
 from lemo.models.bypasses import add_to_fit
 from lemo.models.calibration import BRANCHES, Key
 from lemo.models.watching import BranchCall, watch
-from lemo.selection.predictor import KINDS, Predictor
-from lemo.selection.predictor_blocks import part_of
+from lemo.selection.head_choice import Choice, allot, begin_heads, choices, recall_of
+from lemo.selection.predictor import ActivityPredictor, Predictor
 from lemo.selection.predictor_training import Example, PredictorTraining
-from lemo.selection.scores import block_pair_scores
+from lemo.selection.score_heads import Rotate, ScoreHeads
+from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, drop_oldest, part_of
+from lemo.selection.scores import attention_informativeness, block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
+
+# Documents that say which layers get how many heads.
+_CHOOSING = 5
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,19 @@ class Fitted:
 def exact_scores(call: BranchCall, block_size: int, mass: bool) -> Tensor:
     """What a predictor is to estimate of one document: pair scores [n, n], or activities of its tokens [N]."""
     if call.branch == "attention":
-        q = call.view.query(call.x, call.rotary)
-        k, _ = call.view.key_value(call.x, call.rotary)
-        return block_pair_scores(q, k, call.view.scaling, block_size, call.view.window, mass)
+        return block_pair_scores(*queries_keys(call), call.view.scaling, block_size, call.view.window, mass)
     return call.view.mlp_activity(call.x)
+
+
+def queries_keys(call: BranchCall) -> tuple[Tensor, Tensor]:
+    """Positioned queries [H, N, d] and keys [K, N, d]."""
+    key, _ = call.view.key_value(call.x, call.rotary)
+    return call.view.query(call.x, call.rotary), key
+
+
+def rotation_of(call: BranchCall) -> Rotate:
+    """Positions heads of the call's rows as the layer does its own."""
+    return functools.partial(call.view.rotate, rotary=call.rotary)
 
 
 @torch.no_grad()
@@ -53,43 +68,174 @@ def fit(
         config: sizes and schedules.
         told: called with the number of sequences seen.
     """
-    settings = config.predictor
-    steps = -(-settings.steps // count)
-    mass = config.score == "mass"
-    branches = BRANCHES if config.branches == "both" else (config.branches,)
     torch.manual_seed(config.seed)
-    # By branch, one a layer.
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    trainings: dict[str, PredictorTraining] = {}
-    first_size: dict[str, int] = {}
+    kinds: dict[str, _Fit] = {"attention": _AttentionFit(config, count), "mlp": _ActivityFit(config, count)}
+    chosen = {branch: kinds[branch] for branch in BRANCHES if config.branches in ("both", branch)}
     fits: dict[Key, BypassFit] = {}
 
     def visit(call: BranchCall) -> None:
-        if call.branch not in branches:
+        if call.branch not in chosen:
             return
-        seen[call.branch].append((call.x, exact_scores(call, part_of(config.block_size), mass)))
+        chosen[call.branch].visit(call)
         if config.bypass_rank:
             add_to_fit(fits, call, torch.ones(call.x.shape[0], dtype=torch.bool, device=call.x.device))
 
     with watch(model, visit):
         for number, ids in enumerate(sequences, start=1):
             model.get_decoder()(input_ids=ids[None], use_cache=False)
-            for branch, of_layers in seen.items():
-                example = Example(*(torch.stack(values) for values in zip(*of_layers, strict=True)))
-                if branch not in trainings:
-                    L, _, D = example.x.shape
-                    begun = [KINDS[branch](D, settings.widths).to(example.x.device) for _ in range(L)]
-                    first_size[branch] = begun[0].size
-                    trainings[branch] = PredictorTraining(begun, config.block_size, settings, config.seed, mass)
-                trainings[branch].see(example, steps)
-            seen.clear()
+            for one in chosen.values():
+                one.learn()
             told(number)
     solved = {key: fit.solve(min(config.bypass_rank, fit.width)) for key, fit in fits.items()}
-    finished = {branch: training.finish() for branch, training in trainings.items()}
-    predictors = {(layer, branch): one for branch, found in finished.items() for layer, one in enumerate(found)}
+    finished = {branch: one.finish() for branch, one in chosen.items()}
     return Fitted(
-        predictors=predictors,
+        predictors={(i, branch): one for branch, (found, _) in finished.items() for i, one in enumerate(found)},
         bypasses={key: bypass for key, (bypass, _) in solved.items()},
-        first_size={key: first_size[key[1]] for key in predictors},
+        first_size={(i, branch): size for branch, (found, size) in finished.items() for i in range(len(found))},
         explained={key: explained for key, (_, explained) in solved.items()},
     )
+
+
+class _Fit(Protocol):
+    """Predictors of one branch of all layers on their way."""
+
+    def visit(self, call: BranchCall) -> None:
+        """A layer's call of the document that is running."""
+
+    def learn(self) -> None:
+        """Trains on that document."""
+
+    def finish(self) -> tuple[Sequence[Predictor], int]:
+        """The predictors, one a layer, and the numbers in each before it shrank."""
+
+
+class _AttentionFit:
+    """Score heads: chosen by the first documents, then trained, unless scores are masses, which no training knows."""
+
+    def __init__(self, config: CalibrationConfig, count: int) -> None:
+        self.config, self.count = config, count
+        self._mass, self._causal = config.score == "mass", config.score == "causal"
+        self._shared = config.predictor.size < 1
+        # Documents that say how many heads a layer gets, if that isn't the same for all.
+        self._first = min(count, _CHOOSING if self._shared else 1)
+        self._layers: list[_Begun] = []
+        self._seen: list[tuple[Tensor, Tensor, Rotate]] = []
+        self._waiting: deque[HeadsExample] = deque()
+        self._heads: list[ScoreHeads] = []
+        self._first_size = 0
+        self._training: HeadsTraining | None = None
+        self._documents = 0
+
+    def visit(self, call: BranchCall) -> None:
+        (q, k), view, size = queries_keys(call), call.view, self.config.block_size
+        where = view.scaling, size, view.window
+        if not self._documents:
+            count = self.config.predictor.heads(view.head_size, len(q))
+            # A hard layer may get more heads than there are on average.
+            most = 2 * count if self._shared else count
+            made = choices(q, k, view.scaling, most, size, view.window, self._mass)
+            self._layers.append(_Begun(view, call.x[:1], count, len(q), len(q) // len(k), made, [0.0] * len(made)))
+        if self._shared and self._documents < self._first:
+            begun = self._layers[call.layer]
+            exact = attention_informativeness(block_pair_scores(q, k, *where, self._mass), self._causal)
+            for n, choice in enumerate(begun.choices):
+                begun.recalls[n] += recall_of(choice, q, k, exact, *where, causal=self._causal, mass=self._mass)
+        if not self._mass:
+            exact = block_pair_scores(q, k, view.scaling, part_of(size, call.x.shape[0]), view.window)
+            self._seen.append((call.x, exact, rotation_of(call)))
+
+    def learn(self) -> None:
+        self._documents += 1
+        if self._seen:
+            x, exact, rotate = zip(*self._seen, strict=True)
+            self._seen.clear()
+            self._waiting.append(HeadsExample(torch.stack(x), torch.stack(exact), rotate))
+            drop_oldest(self._waiting, self.config.predictor.memory_gib)
+        if self._documents < self._first:
+            return
+        if not self._heads:
+            self._begin()
+        if self._training is not None:
+            until = self.config.predictor.head_steps * self._documents // self.count
+            while self._waiting:
+                self._training.see(self._waiting.popleft(), until if not self._waiting else 0)
+
+    def _begin(self) -> None:
+        config, layers = self.config, self._layers
+        projections = layers[0].view.head_projections(layers[0].like)
+        whole = begin_heads(projections, layers[0].choices[layers[0].count - 1], 1.0, shared=False, mass=self._mass)
+        self._first_size = whole.size
+        if self._shared:
+            one = whole.size // (2 * whole.count)
+            sizes = [[one * (len(c.heads) + len(c.keys(begun.group))) for c in begun.choices] for begun in layers]
+            most = int(config.predictor.size * whole.size * len(layers))
+            counts = allot([begun.recalls for begun in layers], sizes, most)
+        else:
+            counts = [begun.count for begun in layers]
+        for begun, count in zip(layers, counts, strict=True):
+            projections = begun.view.head_projections(begun.like)
+            choice = begun.choices[count - 1]
+            self._heads.append(
+                begin_heads(projections, choice, begun.view.scaling, shared=self._shared, mass=self._mass)
+            )
+        if not self._mass:
+            windows = [begun.view.window for begun in layers]
+            still = [layer for layer, begun in enumerate(layers) if self._heads[layer].count == begun.own]
+            self._training = HeadsTraining(
+                self._heads, windows, config.block_size, config.predictor, still=still, seed=config.seed
+            )
+
+    def finish(self) -> tuple[Sequence[ScoreHeads], int]:
+        return self._heads if self._training is None else self._training.finish(), self._first_size
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is known of a layer before its heads begin.
+
+    Attributes:
+        view: of the layer.
+        like: an input of its attention.
+        count: heads where none are taken away.
+        own: the layer's query heads.
+        group: how many of them share a key head.
+        choices: of 1, 2, ... heads.
+        recalls: what each is worth; a sum over documents.
+    """
+
+    view: Any
+    like: Tensor
+    count: int
+    own: int
+    group: int
+    choices: Sequence[Choice]
+    recalls: list[float]
+
+
+class _ActivityFit:
+    """Networks for MLPs."""
+
+    def __init__(self, config: CalibrationConfig, count: int) -> None:
+        self.config = config
+        self._steps = -(-config.predictor.steps // count)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._training: PredictorTraining | None = None
+        self._first_size = 0
+
+    def visit(self, call: BranchCall) -> None:
+        self._seen.append((call.x, call.view.mlp_activity(call.x)))
+
+    def learn(self) -> None:
+        config = self.config
+        example = Example(*(torch.stack(values) for values in zip(*self._seen, strict=True)))
+        self._seen.clear()
+        if self._training is None:
+            L, _, D = example.x.shape
+            begun = [ActivityPredictor(D, config.predictor.widths).to(example.x.device) for _ in range(L)]
+            self._first_size = begun[0].size
+            self._training = PredictorTraining(begun, config.block_size, config.predictor, config.seed)
+        self._training.see(example, self._steps)
+
+    def finish(self) -> tuple[Sequence[ActivityPredictor], int]:
+        assert self._training is not None, "no sequence was seen"
+        return self._training.finish(), self._first_size

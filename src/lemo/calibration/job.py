@@ -42,7 +42,6 @@ from lemo.models.calibration import (
     Key,
     read_calibration,
     tensors_of,
-    widths_of,
 )
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
@@ -277,7 +276,6 @@ def _facts(
         loss_sparse=fmean(losses),
         loss_uniform=uniform,
         branches=branches,
-        widths=widths_of(fitted.predictors),
         settings=config.model_dump(mode="json"),
         seconds=0.0,
     )

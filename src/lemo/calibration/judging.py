@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lemo.calibration.allocation import threshold_of
-from lemo.calibration.fitting import exact_scores
+from lemo.calibration.fitting import exact_scores, rotation_of
 from lemo.config import BranchSelection
 from lemo.errors import UserError
 from lemo.evaluation import evaluate
@@ -24,10 +24,10 @@ from lemo.models.calibration import BRANCHES, Key
 from lemo.models.runtime import flag
 from lemo.models.watching import BranchCall, watch
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import AttentionPredictor
-from lemo.selection.predictor_blocks import Blocks
-from lemo.selection.predictor_training import recall
-from lemo.selection.scores import attention_informativeness, from_predecessor
+from lemo.selection.predictor import Predictor
+from lemo.selection.score_errors import recall
+from lemo.selection.score_heads import ScoreHeads
+from lemo.selection.scores import attention_informativeness, block_means, from_predecessor
 from lemo.training.storage import write_text
 
 
@@ -50,7 +50,7 @@ class Scored:
     example: dict[Key, tuple[Tensor, Tensor]]
 
     def recall(self, keep: Mapping[Key, float]) -> dict[Key, float]:
-        """Mean over the sequences of `lemo.selection.predictor_training.recall` of these shares."""
+        """Mean over the sequences of `lemo.selection.score_errors.recall` of these shares."""
         return {key: fmean(recall(*pair, keep[key]) for pair in pairs) for key, pairs in self.pairs.items()}
 
 
@@ -105,12 +105,12 @@ class Judge:
             predictor = self.runtime.predictors.get(key)
             if predictor is None:
                 return
-            blocks = Blocks(call.x.shape[0], self.block_size)
-            predicted = predictor.informativeness(call.x, blocks, self.causal)
-            exact = exact_scores(call, self.block_size, self.score == "mass")
-            if key not in example and isinstance(predictor, AttentionPredictor):
-                example[key] = (predictor.pair_scores(call.x, blocks).cpu(), exact.cpu())
-            wanted = block_scores(exact, blocks, self.causal)
+            mass = self.score == "mass"
+            exact = exact_scores(call, self.block_size, mass)
+            if key not in example and isinstance(predictor, ScoreHeads):
+                example[key] = (estimated_pairs(predictor, call, self.block_size, mass).cpu(), exact.cpu())
+            predicted = estimates(predictor, call, self.block_size, causal=self.causal, mass=mass)
+            wanted = block_scores(exact, self.block_size, self.causal)
             pairs.setdefault(key, []).append((predicted.cpu(), wanted.cpu()))
 
         with watch(self.model, visit):
@@ -169,11 +169,24 @@ class Judge:
         return losses, {key: kept_by_layer[key[0]][BRANCHES.index(key[1])] for key in self.scored().score}
 
 
-def block_scores(exact: Tensor, blocks: Blocks, causal: bool) -> Tensor:
-    """Block scores [n] from `exact_scores`."""
-    if exact.dim() == 2:
-        return attention_informativeness(exact, causal)
-    score = blocks.mean(exact[:, None])[:, 0]
+def estimates(predictor: Predictor, call: BranchCall, block_size: int, *, causal: bool, mass: bool) -> Tensor:
+    """A predictor's block scores of one document [n], as mode `forward` computes them."""
+    if isinstance(predictor, ScoreHeads):
+        q, k = predictor.positioned(call.x, rotation_of(call))
+        return predictor.document_scores(q, k, block_size, call.view.window, causal=causal, mass=mass)
+    return block_scores(predictor.activity(call.x), block_size, causal)
+
+
+def estimated_pairs(heads: ScoreHeads, call: BranchCall, block_size: int, mass: bool) -> Tensor:
+    """What stands behind them in attention, of all pairs of blocks [n, n]."""
+    return heads.pair_scores(*heads.positioned(call.x, rotation_of(call)), block_size, call.view.window, mass=mass)
+
+
+def block_scores(scores: Tensor, block_size: int, causal: bool) -> Tensor:
+    """Block scores [n] from `exact_scores`, or from activities."""
+    if scores.dim() == 2:
+        return attention_informativeness(scores, causal)
+    score = block_means(scores, block_size)
     return from_predecessor(score) if causal else score
 
 

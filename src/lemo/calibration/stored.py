@@ -29,7 +29,6 @@ from lemo.models.calibration import (
     predictors_of,
     read_calibration,
     tensors_of,
-    widths_of,
 )
 from lemo.training.storage import sync_file, write_json
 
@@ -73,7 +72,6 @@ def take_or_fit(
         {
             "format": FORMAT,
             "data": identity,
-            "widths": widths_of(fitted.predictors),
             "first_size": _named(fitted.first_size),
             "explained": _named(fitted.explained),
         },
@@ -125,8 +123,9 @@ def _read_fitted(values: dict[str, Any], tensors: dict[str, Tensor], device: tor
     def keyed(name: str) -> dict[Key, Any]:
         return {(int(key.split(".")[0]), key.split(".")[1]): value for key, value in values[name].items()}
 
-    predictors = {key: predictor.to(device) for key, predictor in predictors_of(values["widths"], tensors).items()}
-    return Fitted(predictors, bypasses_of(tensors), keyed("first_size"), keyed("explained"))
+    first_size = keyed("first_size")
+    predictors = {key: predictor.to(device) for key, predictor in predictors_of(first_size, tensors).items()}
+    return Fitted(predictors, bypasses_of(tensors), first_size, keyed("explained"))
 
 
 def fingerprint_of(model: Any) -> str:

@@ -18,6 +18,12 @@ LARGEST_HEAD = 256
 WIDEST_ROW = 32768
 SCORED_BLOCKS = (16, 32, 64, 128)
 SCORED_BYTES = 512
+# Sampled block-pair scores: strips of so many tokens, of which all are looked at while a query's is less than
+# NEAR_STRIPS after a key's, then every second, and half as many at each doubling of that distance, down to every
+# MOST_STRIDE-th (a power of two).
+STRIP = 128
+NEAR_STRIPS = 16
+MOST_STRIDE = 16
 LARGEST_PREDICTED_BLOCK = 128
 MOST_NUMBERS = 128
 MOST_RANKED = 2**14
@@ -194,9 +200,9 @@ def loss_backend(x: Tensor, plain: bool) -> str:
 
 
 def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str:
-    """`triton` or `torch` for a predictor's look at every token; logged once for every reason."""
+    """`triton` or `torch` for an MLP predictor's look at every token; logged once for every reason."""
     reason = _reason_against_prediction(x, block_size, numbers, norm_known)
-    _note("prediction of informativeness", "torch" if reason else "triton", reason)
+    _note("prediction of MLPs' informativeness", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
 
 
@@ -208,15 +214,25 @@ def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_kn
     if block_size > LARGEST_PREDICTED_BLOCK:
         return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
     if numbers > MOST_NUMBERS:
-        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrices together, not {numbers}"
+        return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrix, not {numbers}"
     return _reason_against_dtype(x)
+
+
+def projection_backend(x: Tensor, norm_known: bool) -> str:
+    """`triton` or `torch` for score heads' queries and keys of every token; logged once for every reason."""
+    reason = _reason_against_any(x)
+    if reason is None and not norm_known:
+        reason = "the kernel knows RMS norms and LayerNorm, before the branch"
+    reason = reason or _reason_against_dtype(x)
+    _note("score heads' queries and keys", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
 
 
 def ranking_backend(score: Tensor, longest: int) -> str:
     """`triton` or `torch` for ranking blocks by their scores; logged once for every reason.
 
     Args:
-        score: or what it is made of.
+        score: of the blocks.
         longest: blocks of the longest document.
     """
     reason = _reason_against_any(score)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.kernels.dispatch import MOST_STRIDE, NEAR_STRIPS, STRIP
+
 
 def attention(q_HNd: Tensor, k_KMd: Tensor, v_KMd: Tensor, lo_N: Tensor, hi_N: Tensor, scale: float) -> Tensor:
     """Softmax attention of query n over the keys lo[n] ... hi[n]; [N, H, d]. Differentiable.
@@ -65,7 +67,14 @@ def block_masses(
 
 
 def block_pair_scores(
-    q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: int, window: int | None, mass: bool = False
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    scale: float,
+    block_size: int,
+    window: int | None,
+    mass: bool = False,
+    *,
+    sampled: bool = False,
 ) -> Tensor:
     """Equations 1-2 of the paper for one document, [blocks, blocks]; 0 above the diagonal.
 
@@ -75,7 +84,9 @@ def block_pair_scores(
         block_size: tokens a block; the last one may have fewer.
         window: sliding window in tokens, or None.
         mass: the softmax mass instead, mean over heads and the query block's rows.
+        sampled: leaves out most of the distant strips of query blocks and weighs the others; not with mass.
     """
+    assert not (mass and sampled)
     H, T, _ = q_HTd.shape
     scores = q_HTd @ k_KTd.repeat_interleave(H // k_KTd.shape[0], 0).transpose(1, 2) * scale
     position = torch.arange(T, device=q_HTd.device)
@@ -93,7 +104,21 @@ def block_pair_scores(
     blocks = -(-T // block_size)
     # Scores are positive or zero, so zero padding never wins a maximum.
     padded = torch.nn.functional.pad(pair, (0, blocks * block_size - T) * 2)
-    return padded.view(blocks, block_size, blocks, block_size).amax((1, 3))
+    found = padded.view(blocks, block_size, blocks, block_size).amax((1, 3))
+    return _sample_(found, max(1, STRIP // block_size)) if sampled else found
+
+
+def _sample_(scores: Tensor, side: int) -> Tensor:
+    """Scores [blocks, blocks], in strips of `side`, after each square of them was left out or weighed."""
+    strips = -(-len(scores) // side)
+    for row in range(strips):
+        for column in range(row + 1):
+            # 1 below NEAR_STRIPS, 2 below twice that, ..., from the next multiple of the largest on.
+            distance = max(0, row - (column + MOST_STRIDE - 1) // MOST_STRIDE * MOST_STRIDE)
+            stride = min(2 ** (distance // NEAR_STRIPS).bit_length(), MOST_STRIDE)
+            stands_for = 0 if row % stride else min(stride, strips - row)
+            scores[row * side : (row + 1) * side, column * side : (column + 1) * side] *= stands_for
+    return scores
 
 
 def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
@@ -104,9 +129,14 @@ def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: floa
         matrix_rD, offset_r: with the norm's weight and bias in them.
         eps, centered: the norm's (LayerNorm, or RMS norm).
     """
+    return projected(hidden_ND, matrix_rD, offset_r, eps, centered).relu()
+
+
+def projected(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
+    """What a matrix makes of each row after its norm, [N, r]; arguments as `first_look`'s."""
     x = hidden_ND - hidden_ND.mean(1, keepdim=True) if centered else hidden_ND
     x = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
-    return torch.relu(x @ matrix_rD.T + offset_r)
+    return x @ matrix_rD.T + offset_r
 
 
 class PlainAttention:

@@ -3,8 +3,9 @@ or the softmax mass that the one's queries give to the other's keys.
 
 A program takes a square of 128 queries and 128 keys, adds relu(q·k) over the heads in registers, and stores one number
 a pair of blocks: T·T numbers never exist. The keys' tile is read once for all query heads that share it. Half of the
-squares lie above the diagonal or outside a sliding window; their programs end at once. The mass needs each row's
-denominator, which takes as many products again, in a kernel that goes first.
+squares lie above the diagonal or outside a sliding window; their programs end at once, and so do those of distant
+squares where scores are sampled. The mass needs each row's denominator, which takes as many products again, in a kernel
+that goes first.
 
 T tokens of one document, H query heads, K key heads (H a multiple of K), d head size, b tokens a block.
 """
@@ -17,14 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemo.kernels.dispatch import SCORED_BYTES
+from lemo.kernels.dispatch import MOST_STRIDE, NEAR_STRIPS, SCORED_BYTES, STRIP
 from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
-SQUARE = 128
+# Sampling leaves out whole squares.
+SQUARE = STRIP
 
 
 def block_pair_scores(
-    q_HTd: Tensor, k_KTd: Tensor, scale: float, block_size: int, window: int | None, mass: bool = False
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    scale: float,
+    block_size: int,
+    window: int | None,
+    mass: bool = False,
+    *,
+    sampled: bool = False,
 ) -> Tensor:
     """Scores of one document, fp32 [blocks, blocks]; query block, key block; 0 above the diagonal.
 
@@ -34,7 +43,10 @@ def block_pair_scores(
         block_size: a power of two from 16 to 128.
         window: sliding window in tokens, or None.
         mass: the softmax mass instead, mean over heads and the query block's rows.
+        sampled: leaves out most of the distant squares and weighs the others, as
+            `lemo.selection.scores.block_pair_scores` says; not with mass.
     """
+    assert not (mass and sampled)
     H, T, d = q_HTd.shape
     K = k_KTd.shape[0]
     blocks = tiles_of(T, block_size)
@@ -60,7 +72,8 @@ def block_pair_scores(
             q_HTd, k_KTd, scores, lse,
             scale * LOG2_E if mass else scale / H, T, blocks, window,
             *q_HTd.stride(), *k_KTd.stride(),
-            K=K, GROUP=H // K, BLOCK=block_size, MASS=mass, **shape,
+            K=K, GROUP=H // K, BLOCK=block_size, MASS=mass,
+            SAMPLED=sampled, NEAR=NEAR_STRIPS, DOUBLINGS=MOST_STRIDE.bit_length() - 1, **shape,
         )  # fmt: skip
     return scores
 
@@ -94,16 +107,30 @@ def _row_lse(
 
 
 @triton.jit
+def _stride(distance, NEAR: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """Of how many rows of squares one is computed, so many squares from the diagonal."""
+    stride = 1
+    for doubling in tl.static_range(DOUBLINGS):
+        stride = tl.where(distance >= NEAR << doubling, 2 << doubling, stride)
+    return stride
+
+
+@triton.jit
 def _block_pair_scores(
     Q, KEYS, SCORES, LSE,
     scale, T, blocks, window,
     sqh, sqn, sqd, skh, skm, skd,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-    MASS: tl.constexpr, PRECISION: tl.constexpr,
+    MASS: tl.constexpr, SAMPLED: tl.constexpr, NEAR: tl.constexpr, DOUBLINGS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(1), tl.program_id(0)
     # The square's first query sees keys after first - window; its last query none after itself.
-    if (column <= row) & ((column + 1) * SIDE > row * SIDE - window + 1):
+    wanted = (column <= row) & ((column + 1) * SIDE > row * SIDE - window + 1)
+    if SAMPLED:
+        MOST: tl.constexpr = 1 << DOUBLINGS
+        stride = _stride(row - tl.cdiv(column, MOST) * MOST, NEAR, DOUBLINGS)
+        wanted &= row % stride == 0
+    if wanted:
         rows = row * SIDE + tl.arange(0, SIDE)
         keys = column * SIDE + tl.arange(0, SIDE)
         sums = tl.zeros([SIDE, SIDE], tl.float32)
@@ -129,5 +156,8 @@ def _block_pair_scores(
         else:
             sums = tl.reshape(tl.where(seen, sums * scale, 0.0), (PAIRS, BLOCK, PAIRS, BLOCK))
             found = tl.max(tl.max(sums, 3), 1)
+        if SAMPLED:
+            # The square stands for those below it up to the next one, or to the last.
+            found *= tl.minimum(stride, tl.num_programs(1) - row).to(tl.float32)
         where = SCORES + i.to(tl.int64)[:, None] * blocks + j[None, :]
         tl.store(where, found, mask=(i < blocks)[:, None] & (j < blocks)[None, :])

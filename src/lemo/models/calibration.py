@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from lemo.config import BranchSelection, Score, SparsityConfig
 from lemo.config_io import CALIBRATION_FACTS
-from lemo.selection.predictor import KINDS, Predictor
+from lemo.selection.predictor import Predictor, activity_predictor_of
+from lemo.selection.score_heads import heads_of
 from lemo.sparse.bypass import Bypass
 
-FORMAT = 3
+FORMAT = 4
 FACTS_FILE = CALIBRATION_FACTS
 TENSORS_FILE = "calibration.safetensors"
 # Scores predicted and exact, for the report alone.
@@ -71,7 +72,6 @@ class Facts(BaseModel):
         dense_share: of the training passes that are to run dense.
         average_keep: over both branches of all layers, on the sample judged, dense passes counted.
         loss_dense, loss_sparse: on that sample, nats a token.
-        widths: rows of each predictor's matrices, `LAYER.BRANCH.NETWORK` -> three numbers.
         settings: resolved configuration of the calibration.
         seconds: how long it took.
     """
@@ -94,7 +94,6 @@ class Facts(BaseModel):
     loss_sparse: float
     loss_uniform: float | None
     branches: dict[Branch, BranchFacts]
-    widths: dict[str, tuple[int, int, int]]
     settings: dict[str, Any]
     seconds: float
 
@@ -157,7 +156,8 @@ def read_calibration(directory: Path) -> Calibration:
             raise ValueError(f"calibration {directory} has format {version}, this lemo reads {FORMAT}; calibrate again")
         facts = Facts.model_validate(values)
         tensors = load_file(tensors_path)
-        predictors = predictors_of(facts.widths, tensors)
+        layers = [(branch, len(found.thresholds)) for branch, found in facts.branches.items()]
+        predictors = predictors_of([(i, branch) for branch, count in layers for i in range(count)], tensors)
         bypasses = bypasses_of(tensors)
     except (OSError, json.JSONDecodeError, ValidationError, SafetensorError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -177,34 +177,17 @@ def tensors_of(predictors: Mapping[Key, Predictor], bypasses: Mapping[Key, Bypas
     return found
 
 
-def widths_of(predictors: Mapping[Key, Predictor]) -> dict[str, tuple[int, int, int]]:
-    """`Facts.widths`."""
-    found = {}
-    for (layer, branch), predictor in predictors.items():
-        for name, network in predictor.by_name.items():
-            found[f"{layer}.{branch}.{name}"] = network.widths
-    return found
-
-
-def predictors_of(widths_by_name: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> dict[Key, Predictor]:
-    """Predictors from `widths_of` and `tensors_of`.
+def predictors_of(keys: Iterable[Key], tensors: Mapping[str, Tensor]) -> dict[Key, Predictor]:
+    """Predictors from `tensors_of`, of those layers and branches.
 
     Raises:
         KeyError, RuntimeError: the tensors aren't those of such predictors.
     """
     found: dict[Key, Predictor] = {}
-    for name, widths in widths_by_name.items():
-        layer, branch, _ = name.split(".")
-        if (int(layer), branch) in found:
-            continue
+    for layer, branch in keys:
         prefix = f"{layer}.{branch}.predictor."
         state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        predictor = KINDS[branch](state["center"].numel(), widths)
-        # Both networks of a pair have a shape of their own.
-        for key, parameter in predictor.named_parameters():
-            parameter.data = torch.empty_like(state[key])
-        predictor.load_state_dict(state)
-        found[int(layer), branch] = predictor.requires_grad_(False)
+        found[layer, branch] = heads_of(state) if branch == "attention" else activity_predictor_of(state)
     return found
 
 

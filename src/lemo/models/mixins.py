@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,15 @@ from lemo.models.fused import fused, low_copies
 from lemo.models.runtime import BatchState, Runtime
 from lemo.models.view import ArchitectureView
 from lemo.selection.layout import build_layout
-from lemo.selection.predictor import Predictor
+from lemo.selection.predictor import ActivityPredictor
+from lemo.selection.score_heads import ScoreHeads
 from lemo.sparse import backward, forward
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.parts import part
 from lemo.sparse.precision import computes_in
 from lemo.sparse.view import Rotary
 
-HeldT = TypeVar("HeldT", Predictor, Bypass)
+HeldT = TypeVar("HeldT", ScoreHeads, ActivityPredictor, Bypass)
 RUNTIME = "_lemo_runtime"
 VIEW = "_lemo_view"
 INDEX = "_lemo_index"
@@ -247,8 +248,8 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         lambda x: view.attention(x, **kwargs),
         _here(runtime.bypasses.get((index, "attention")), hidden),
         _here(runtime.bypasses.get((index, "mlp")), hidden),
-        _here(runtime.predictors.get((index, "attention")), hidden),
-        _here(runtime.predictors.get((index, "mlp")), hidden),
+        _here(cast("ScoreHeads | None", runtime.predictors.get((index, "attention"))), hidden),
+        _here(cast("ActivityPredictor | None", runtime.predictors.get((index, "mlp"))), hidden),
         _checkpoints(layer),
         None if attend is None else attend.attend_kept,
     )

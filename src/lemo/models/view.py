@@ -17,6 +17,7 @@ from lemo.models.fused import fused
 from lemo.models.lora import linears_of_one_input
 from lemo.models.norms import norm_weights
 from lemo.models.rotary import rotated, rotation_of
+from lemo.selection.score_heads import Projection
 from lemo.sparse.view import Rotary
 from lemo.types import NormWeights
 
@@ -138,22 +139,46 @@ class ArchitectureView:
             projected = projected * self._attention.scaling
         return self._heads(projected, self.row.query_norm)
 
-    def _rotate(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
+    def rotate(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
         heads_HNd = heads_NHd.transpose(0, 1)
         if rotary is None:
             return heads_HNd
         cos, sin = rotary
-        # transformers rotates a pair.
-        return rotation_of(self._attention)(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
+        rows = torch.arange(len(heads_NHd), device=heads_NHd.device)
+        # They rotate a pair.
+        return rotated(rotation_of(self._attention), heads_NHd, heads_NHd[:, :1], cos, sin, rows)[0]
 
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
-        return self._rotate(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)
+        return self.rotate(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)
 
     def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         attention = self._attention
         key = self._heads(getattr(attention, self.row.key)(normed_ND), self.row.key_norm)
         value = self._heads(getattr(attention, self.row.value)(normed_ND), None)
-        return self._rotate(key, rotary), value.transpose(0, 1)
+        return self.rotate(key, rotary), value.transpose(0, 1)
+
+    def head_projections(self, normed_ND: Tensor) -> tuple[Projection, Projection]:
+        """What makes queries and keys of such inputs, before they are positioned; in evaluation mode.
+
+        Raises:
+            ValueError: a norm of heads that isn't known.
+        """
+        attention, row = self._attention, self.row
+        query_factor = float(attention.scaling) if row.scale_query else 1.0
+        return (
+            self._projection(row.query, row.query_norm, normed_ND[:1], query_factor),
+            self._projection(row.key, row.key_norm, normed_ND[:1], 1.0),
+        )
+
+    def _projection(self, name: str, norm: str | None, like_1D: Tensor, factor: float) -> Projection:
+        matrix, bias = (factor * x.float() for x in affine_of(getattr(self._attention, name), like_1D))
+        matrix, bias = (x.unflatten(0, (-1, self.head_size)) for x in (matrix, bias))
+        if norm is None:
+            return Projection(matrix, bias)
+        weights = norm_weights(getattr(self._attention, norm))
+        if weights is None or weights.centered:
+            raise ValueError(f"{norm} of {type(self._attention).__name__} is no RMS norm that lemo knows")
+        return Projection(matrix, bias, weights.weight.detach().float(), weights.eps)
 
     def query_key_value(self, normed_ND: Tensor, rotary: Rotary, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, row = self._attention, self.row
@@ -186,6 +211,22 @@ class ArchitectureView:
     def _drop(self, branch: Tensor) -> Tensor:
         p = self.hidden_dropout
         return F.dropout(branch, p=p, training=True) if p > 0.0 else branch
+
+
+@torch.no_grad()
+def affine_of(linear: Any, like_1D: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix [O, D] and offset [O] of a module that is linear in effect, whatever it is made of (bits, adapters).
+
+    Args:
+        linear: drops nothing now.
+        like_1D: an input of it, for width, dtype and device.
+    """
+    bias = linear(torch.zeros_like(like_1D))[0]
+    with torch.enable_grad():
+        x = like_1D.new_zeros(len(bias), like_1D.shape[1]).requires_grad_()
+        # The identity's gradient is the matrix, without the rounding that products beside an offset would have.
+        (matrix,) = torch.autograd.grad(linear(x), x, torch.eye(len(bias), dtype=bias.dtype, device=bias.device))
+    return matrix, bias
 
 
 def _drops(module: nn.Module) -> bool:

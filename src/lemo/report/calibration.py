@@ -60,9 +60,10 @@ def _header(facts: Facts) -> Iterator[str]:
     yield f"<p>{escape(facts.headline())}.</p>"
     for branch, found in facts.branches.items():
         shares, half, kept = sum(found.size) / sum(found.first_size), found.recall, found.recall_kept
+        shrank = "" if shares == 1 else f"; predictors shrank to {shares:.0%} of their numbers"
         yield (
             f"<p>{_NAMES[branch]}: mean recall of half of the blocks {fmean(half):.3f}, lowest {min(half):.3f}, of "
-            f"those kept {fmean(kept):.3f}; predictors shrank to {shares:.0%} of their numbers.</p>"
+            f"those kept {fmean(kept):.3f}{shrank}.</p>"
         )
 
 

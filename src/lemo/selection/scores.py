@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.config import BranchSelection
-from lemo.kernels.dispatch import scores_backend
+from lemo.kernels.dispatch import MOST_STRIDE, NEAR_STRIPS, STRIP, scores_backend
 from lemo.selection.ranking import plan_of_marked
 from lemo.selection.top import plan_of_top
 from lemo.types import SequenceLayout, TokenPlan
@@ -21,7 +21,14 @@ _SCORES_AT_ONCE = 2**26
 
 
 def block_pair_scores(
-    q_HTd: Tensor, k_KTd: Tensor, scaling: float, block_size: int, window: int | None, mass: bool = False
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    scaling: float,
+    block_size: int,
+    window: int | None,
+    mass: bool = False,
+    *,
+    sampled: bool = False,
 ) -> Tensor:
     """Pair scores of one document (equations 1-2), fp32 [blocks, blocks]; query block I, key block J, 0 above I.
 
@@ -32,14 +39,48 @@ def block_pair_scores(
         window: sliding window in tokens, or None.
         mass: in place of the equations', the softmax mass that I's queries give to J's keys; mean over heads and
             queries, so that a row's scores sum to 1.
+        sampled: for estimates whose column sums are all that counts: most of the distant query blocks are left out,
+            0, and the others' scores multiplied by how many they stand for (`sample_weights`). Not with mass.
+
+    Raises:
+        ValueError: mass and sampled both.
 
     On a GPU by a kernel that stores nothing but the scores; otherwise one chunk of query blocks times T at a time.
     """
+    if mass and sampled:
+        raise ValueError("block-pair scores are sampled for their column sums; mass can't be: leave one of the two out")
     if scores_backend(q_HTd, k_KTd, block_size) == "triton":
         from lemo.kernels.scores import block_pair_scores as by_kernel
 
-        return by_kernel(q_HTd, k_KTd, scaling, block_size, window, mass)
-    return _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window, mass)
+        return by_kernel(q_HTd, k_KTd, scaling, block_size, window, mass, sampled=sampled)
+    scores = _block_pair_scores(q_HTd, k_KTd, scaling, block_size, window, mass)
+    return scores.mul_(sample_weights(len(scores), block_size, scores.device)) if sampled else scores
+
+
+def sample_weights(blocks: int, block_size: int, device: torch.device) -> Tensor:
+    """How many query blocks each sampled pair score stands for, 0 for none; fp32 [blocks, blocks], as the scores.
+
+    Blocks go by strips of 128 tokens (larger ones are strips themselves), all pairs of two strips alike. Of the query
+    strips at a distance every s-th is looked at, and stands for itself and the s - 1 after it, or those there are: s is
+    1 below 16 strips, 2 from there, 4 from 32, 8 from 64, 16 from 128. The distance counts from the first multiple of
+    16 that isn't before the key's strip, so that s changes where its multiples are, and a column of strips sums to
+    the query strips that see it.
+    """
+    side = max(1, STRIP // block_size)
+    strips = -(-blocks // side)
+    strip = torch.arange(strips, device=device)
+    row_S1, distance_SS = strip[:, None], strip[:, None] + -strip // MOST_STRIDE * MOST_STRIDE
+    stride_SS = torch.ones_like(distance_SS)
+    for doubling in range(MOST_STRIDE.bit_length() - 1):
+        stride_SS[distance_SS >= NEAR_STRIPS << doubling] = 2 << doubling
+    weight_SS = torch.where(row_S1 % stride_SS == 0, stride_SS.minimum(strips - row_S1), 0).tril().float()
+    return weight_SS.repeat_interleave(side, 0).repeat_interleave(side, 1)[:blocks, :blocks]
+
+
+def sampled_share(tokens: int) -> float:
+    """Share of a document's pairs of strips that sampling leaves."""
+    strips = -(-tokens // STRIP)
+    return int((sample_weights(strips, STRIP, torch.device("cpu")) > 0).sum()) / (strips * (strips + 1) / 2)
 
 
 def _block_pair_scores(
@@ -73,6 +114,39 @@ def _block_pair_scores(
     return scores
 
 
+def best_pairs(q_HTd: Tensor, k_KTd: Tensor, block_size: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The token pair of the highest score in each block pair, of one document; torch alone.
+
+    Args:
+        q_HTd, k_KTd, block_size, window: as `block_pair_scores`'.
+
+    Returns:
+        Query rows and key rows, int64 [blocks, blocks], and whether a query of the block sees a key of the other, bool
+        alike; only where it does do the rows mean anything.
+    """
+    T, K, size = q_HTd.shape[1], k_KTd.shape[0], block_size
+    blocks = -(-T // size)
+    best = torch.zeros(blocks, blocks, dtype=torch.int64, device=q_HTd.device)
+    there = torch.zeros_like(best, dtype=torch.bool)
+    position = torch.arange(T, device=q_HTd.device)
+    step = max(1, _SCORES_AT_ONCE // (T * q_HTd.shape[0] * size)) * size
+    for start in range(0, T, step):
+        end = min(start + step, T)
+        pair = q_HTd[:, start:end].unflatten(0, (K, -1)) @ k_KTd[:, None, :end].mT
+        pair = pair.float().relu_().sum((0, 1))
+        seen = position[None, :end] <= position[start:end, None]
+        if window is not None:
+            seen &= position[None, :end] > position[start:end, None] - window
+        rows, columns = -(-(end - start) // size), -(-end // size)
+        padding = (0, columns * size - end, 0, rows * size - (end - start))
+        pair = torch.nn.functional.pad(pair.where(seen, -1.0), padding, value=-1.0)
+        largest, index = pair.view(rows, size, columns, size).transpose(1, 2).flatten(2).max(-1)
+        place = slice(start // size, start // size + rows), slice(0, columns)
+        best[place], there[place] = index, largest >= 0
+    first = size * torch.arange(blocks, device=q_HTd.device)
+    return first[:, None] + best // size, first + best % size, there
+
+
 def attention_informativeness(pair_scores: Tensor, causal: bool) -> Tensor:
     """A document's block scores from its pair scores, fp32 [blocks].
 
@@ -103,11 +177,21 @@ def mlp_informativeness(activity: Tensor, layout: SequenceLayout, causal: bool) 
     total = activity.new_zeros(layout.block_tokens.numel())
     total.index_add_(0, layout.block_of_row[real], activity[real])
     score = total / layout.block_tokens
-    if not causal:
-        return score
-    first = torch.ones_like(layout.document_of_block, dtype=torch.bool)
-    first[1:] = layout.document_of_block.diff() != 0
-    return torch.where(first, 0.0, score.roll(1))
+    return previous_blocks(score, layout) if causal else score
+
+
+def block_means(rows: Tensor, size: int) -> Tensor:
+    """Mean over each block's rows, the last of which may be short; fp32 or wider, [..., n] of [..., N]."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    whole = rows.shape[-1] // size
+    mean = rows[..., : whole * size].unflatten(-1, (whole, size)).mean(-1, dtype=wide)
+    rest = rows[..., whole * size :]
+    return torch.cat([mean, rest.mean(-1, keepdim=True, dtype=wide)], -1) if rest.shape[-1] else mean
+
+
+def previous_blocks(score: Tensor, layout: SequenceLayout) -> Tensor:
+    """Each block's predecessor's score, 0 for a document's first; [blocks] of a batch."""
+    return score.roll(1).index_fill(0, layout.first_block, 0.0)
 
 
 def select_by_score(score: Tensor, layout: SequenceLayout, selection: BranchSelection, layer: int) -> TokenPlan:

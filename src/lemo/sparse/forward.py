@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lemo.config import BranchSelection, SparsityConfig
+from lemo.config import SparsityConfig
 from lemo.kernels.dispatch import movement_backend
 from lemo.selection.layout import rows_left_out
-from lemo.selection.predictor import Predictor, predicted_scores
+from lemo.selection.predictor import ActivityPredictor, predicted_scores
 from lemo.selection.ranking import plan_of_everything
+from lemo.selection.score_heads import ScoreHeads
 from lemo.selection.scores import (
     attention_informativeness,
     block_pair_scores,
@@ -36,7 +37,7 @@ from lemo.sparse.movement import add_rows, norm_again, own_gradient, own_stream,
 from lemo.sparse.parts import part
 from lemo.sparse.recompute import recomputed
 from lemo.sparse.view import Branch, LayerView, Rotary
-from lemo.types import NormWeights, SequenceLayout, TokenPlan
+from lemo.types import SequenceLayout, TokenPlan
 
 _ACTIVITY_TILE_BYTES = 256 * 2**20
 Again = Callable[[], Tensor] | None
@@ -82,8 +83,8 @@ class ForwardCall:
     attend: Callable[[Tensor], Tensor]
     attention_bypass: Bypass | None = None
     mlp_bypass: Bypass | None = None
-    attention_predictor: Predictor | None = None
-    mlp_predictor: Predictor | None = None
+    attention_predictor: ScoreHeads | None = None
+    mlp_predictor: ActivityPredictor | None = None
     checkpointed: bool = False
     attend_kept: Callable[[Tensor, Tensor, Tensor, float, TokenPlan], Tensor] | None = None
 
@@ -200,8 +201,8 @@ def _plan_attention(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
         return plan_of_everything(layout)
     hidden = hidden_BTD.flatten(0, 1)
     if call.attention_predictor is not None:
-        norm, weights = view.attention_norm, view.attention_norm_weights
-        return _predicted(call.attention_predictor, hidden, norm, weights, call, selection)
+        score = _score_by_heads(call.attention_predictor, hidden, call)
+        return select_by_score(score, layout, selection, call.layer)
     with NoDropout():
         normed = hidden if view.post_norm else view.attention_norm(hidden)
         q = view.query(normed, call.rotary)
@@ -225,8 +226,10 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     if selection is None or keeps_everything(selection, call.layer):
         return plan_of_everything(layout)
     if call.mlp_predictor is not None:
-        hidden = hidden_BTD.flatten(0, 1)
-        return _predicted(call.mlp_predictor, hidden, view.mlp_norm, view.mlp_norm_weights, call, selection)
+        norm, weights = (None, None) if view.post_norm else (view.mlp_norm, view.mlp_norm_weights)
+        hidden = hidden_BTD.flatten(0, 1).contiguous()
+        score = predicted_scores(call.mlp_predictor, hidden, norm, weights, layout, call.config.score == "causal")
+        return select_by_score(score, layout, selection, call.layer)
     step = max(1, _ACTIVITY_TILE_BYTES // max(1, view.mlp_row_bytes))
     with NoDropout():
         activity = torch.cat(
@@ -239,19 +242,14 @@ def _plan_mlp(hidden_BTD: Tensor, call: ForwardCall) -> TokenPlan:
     return select_by_score(score, layout, selection, call.layer)
 
 
-def _predicted(
-    predictor: Predictor,
-    hidden_ND: Tensor,
-    norm: Callable[[Tensor], Tensor],
-    weights: NormWeights | None,
-    call: ForwardCall,
-    selection: BranchSelection,
-) -> TokenPlan:
-    if call.view.post_norm:
-        norm, weights = (lambda hidden: hidden), None
-    hidden_ND = hidden_ND.contiguous()
-    score = predicted_scores(predictor, hidden_ND, norm, weights, call.layout, call.config.score == "causal")
-    return select_by_score(score, call.layout, selection, call.layer)
+def _score_by_heads(heads: ScoreHeads, hidden_ND: Tensor, call: ForwardCall) -> Tensor:
+    view, kind = call.view, call.config.score
+    norm, weights = (None, None) if view.post_norm else (view.attention_norm, view.attention_norm_weights)
+    rotate = functools.partial(view.rotate, rotary=call.rotary)
+    return heads.scores(
+        hidden_ND.contiguous(), norm, weights, rotate, call.layout, view.window,
+        causal=kind == "causal", mass=kind == "mass",
+    )  # fmt: skip
 
 
 class NoDropout(TorchFunctionMode):

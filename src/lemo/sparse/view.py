@@ -75,6 +75,9 @@ class LayerView(Protocol):
     def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Positioned keys and values, each [K, N, d]."""
 
+    def rotate(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
+        """Heads positioned as the layer's own are, [H, N, d]."""
+
     def query_key_value(self, normed_ND: Tensor, rotary: Rotary, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All three of the same rows.
 

@@ -1,0 +1,163 @@
+"""A branch's norm and a linear map of every row of the residual stream in one pass, in Triton.
+
+The norm's weight lies in the matrix, its scale is a factor on each row's products and comes from sums over the same
+numbers, so that normalised inputs never exist.
+
+N rows, D hidden size, r numbers a row.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lemo.kernels.launching import launch
+from lemo.kernels.tiles import tiles_of
+
+# Whether the kernel sums over the rows itself, or another one before it does.
+FUSED = True
+# Tiles in flight, with the one at work.
+STAGES = 3
+# Rows of a tile, columns of one of the matrix's, numbers of both a step, warps; by how many bytes a number has.
+_HALF, _FULL = (128, 128, 64, 8), (64, 64, 32, 4)
+# Twice the columns read half as often what lies in L2, if a program may have so much shared memory.
+_WIDE_BYTES = 144 * 2**10
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """A matrix and the norm before it.
+
+    Attributes:
+        matrix: for inputs that are scaled but not shifted, in their dtype, contiguous [r, D].
+        offset: what is added to the scaled products, fp32 [r].
+        sums: fp32 [r], the matrix's rows summed, where the norm takes the mean away; else None.
+        eps: the norm's.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    sums: Tensor | None
+    eps: float
+
+
+def projected(hidden_ND: Tensor, look: FirstLook) -> Tensor:
+    """What the matrix makes of each row after its norm, in the rows' dtype [N, r].
+
+    Args:
+        hidden_ND: the residual stream, rows contiguous in memory.
+        look: of any r.
+    """
+    (N, D), r = hidden_ND.shape, len(look.matrix)
+    out = torch.empty(N, r, device=hidden_ND.device, dtype=hidden_ND.dtype)
+    precise, centered = hidden_ND.dtype == torch.float32, look.sums is not None
+    rows, columns, step, warps = _FULL if precise else _HALF
+    # Not where half of the last tile would lie beyond the matrix.
+    if not precise and tiles_of(r, columns) % 2 == 0 and _shared_memory(hidden_ND.device) >= _WIDE_BYTES:
+        columns *= 2
+    mean = scale = None
+    if not FUSED:
+        mean, scale = (torch.empty(N, device=hidden_ND.device, dtype=torch.float32) for _ in range(2))
+        launch(
+            _statistics, (tiles_of(N, 16),), hidden_ND, mean, scale, look.eps, N, hidden_ND.stride(0),
+            D=D, BM=16, BK=512, CENTERED=centered, num_warps=4,
+        )  # fmt: skip
+    launch(
+        _project, (tiles_of(N, rows) * tiles_of(r, columns),), hidden_ND, look.matrix, look.offset, look.sums, mean,
+        scale, out, look.eps, N, hidden_ND.stride(0), D=D, R=r, BM=rows, BN=columns, BK=step, CENTERED=centered,
+        SUM=FUSED, PRECISION="ieee" if precise else "tf32", num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; a CPU has enough."""
+    if device.type != "cuda":
+        return _WIDE_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@triton.jit
+def _project(
+    X, MATRIX, OFFSET, SUMS, MEAN, SCALE, OUT,
+    eps, N, stride,
+    D: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    CENTERED: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Programs of the same rows run next to each other, which find them in L2.
+    across: tl.constexpr = (R + BN - 1) // BN
+    program = tl.program_id(0)
+    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    i += program // across * BM
+    j += program % across * BN
+    # Beyond the last one it's the last again: loads without masks are copies that run ahead.
+    row, column = tl.minimum(i, N - 1).to(tl.int64), tl.minimum(j, R - 1)
+    rows = X + row[:, None] * stride + k[None, :]
+    matrix = MATRIX + column[None, :] * D + k[:, None]
+    products = tl.zeros([BM, BN], tl.float32)
+    # Eight neighbours lie in one thread.
+    total, squares = tl.zeros([BM, BK // 8], tl.float32), tl.zeros([BM, BK // 8], tl.float32)
+    for start in range(0, D, BK):
+        if D % BK == 0:
+            x = tl.load(rows + start, cache_modifier=".cg")
+            w = tl.load(matrix + start)
+        else:
+            x = tl.load(rows + start, mask=(k < D - start)[None, :], other=0.0, cache_modifier=".cg")
+            w = tl.load(matrix + start, mask=(k < D - start)[:, None], other=0.0)
+        products = tl.dot(x, w, products, input_precision=PRECISION)
+        if SUM:
+            # Loaded once more, from L2: a tile that is summed as well as multiplied gets a buffer too few, and copies
+            # overwrite it while products on it run (Triton 3.6). The other modifier keeps the two loads apart.
+            if D % BK == 0:
+                again = tl.load(rows + start)
+            else:
+                again = tl.load(rows + start, mask=(k < D - start)[None, :], other=0.0)
+            wide = tl.reshape(again.to(tl.float32), [BM, BK // 8, 8])
+            squares += tl.sum(wide * wide, 2)
+            if CENTERED:
+                total += tl.sum(wide, 2)
+    if SUM:
+        mean, scale = _of_sums(tl.sum(total, 1), tl.sum(squares, 1), eps, D, CENTERED)
+    else:
+        mean, scale = tl.load(MEAN + row), tl.load(SCALE + row)
+    if CENTERED:
+        products -= mean[:, None] * tl.load(SUMS + column)[None, :]
+    y = products * scale[:, None] + tl.load(OFFSET + column)[None, :]
+    out = OUT + i.to(tl.int64)[:, None] * R + j[None, :]
+    tl.store(out, y.to(OUT.dtype.element_ty), mask=(i < N)[:, None] & (j < R)[None, :])
+
+
+@triton.jit
+def _statistics(
+    X, MEAN, SCALE, eps, N, stride, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CENTERED: tl.constexpr
+):
+    """Each row's mean and what the norm multiplies it by, fp32 [N]."""
+    i, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
+    rows = X + i.to(tl.int64)[:, None] * stride + k[None, :]
+    total, squares = tl.zeros([BM, BK], tl.float32), tl.zeros([BM, BK], tl.float32)
+    for start in range(0, D, BK):
+        x = tl.load(rows + start, mask=(i < N)[:, None] & (k < D - start)[None, :], other=0.0).to(tl.float32)
+        total += x
+        squares += x * x
+    mean, scale = _of_sums(tl.sum(total, 1), tl.sum(squares, 1), eps, D, CENTERED)
+    tl.store(MEAN + i, mean, mask=i < N)
+    tl.store(SCALE + i, scale, mask=i < N)
+
+
+@triton.jit
+def _of_sums(total, squares, eps, D: tl.constexpr, CENTERED: tl.constexpr):
+    """(mean, scale) of rows of D numbers."""
+    mean = total / D
+    variance = squares / D
+    if CENTERED:
+        variance = tl.maximum(variance - mean * mean, 0.0)
+    return mean, 1 / tl.sqrt(variance + eps)
