@@ -101,8 +101,8 @@ class _Units:
         self.attention_linear = self.key_value + 2 * T * 2 * w.D * w.A
         self.mlp_linear = float(2 * T * len(w.mlp) * w.D * w.F)
         self.linear = self.attention_linear + self.mlp_linear
-        # Score heads' queries and keys, their products for each visible pair, far ones for some queries; the first matrix
-        # of the MLP's predictor.
+        # Score heads' queries and keys, their products for each visible pair, far ones for some queries; the first
+        # matrix of the MLP's predictor.
         predictor = PredictorConfig()
         heads = w.d * max(1.0, predictor.size * predictor.heads(w.d, w.A // w.d))
         self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + sampled_share(T) * T * (T + 1) * heads)
