@@ -86,10 +86,23 @@ SAMPLED = {
 }
 
 
-@pytest.mark.parametrize(("near", "most"), [(1, 4), (2, 2)])
-@pytest.mark.parametrize("case", SAMPLED)
-def test_sampled_equals_the_twin_at_every_stride(case, near, most, monkeypatch):
+def sample_soon(monkeypatch, near, most):
     for module in (reference, scores):
         monkeypatch.setattr(module, "NEAR_STRIPS", near)
         monkeypatch.setattr(module, "MOST_STRIDE", most)
+
+
+@pytest.mark.parametrize(("near", "most"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("case", SAMPLED)
+def test_sampled_equals_the_twin_at_every_stride(case, near, most, monkeypatch):
+    sample_soon(monkeypatch, near, most)
     check(SAMPLED[case], HEADS["one"], 16, torch.float16, monkeypatch, sampled=True)
+
+
+@pytest.mark.parametrize("d", [16, 40, 128])
+@pytest.mark.parametrize("heads", [*HEADS.values(), (1, 1)], ids=str)
+@pytest.mark.parametrize("case", [(700, 64, None), (600, 128, 300)], ids=["blocks of 64", "window, a block a square"])
+def test_sampled_of_any_head_size_and_grouping(case, heads, d, monkeypatch):
+    # Of the larger ones queries come with each head's keys, else they stay.
+    sample_soon(monkeypatch, 1, 4)
+    check(case, heads, d, torch.float32, monkeypatch, sampled=True)

@@ -3,9 +3,11 @@ or the softmax mass that the one's queries give to the other's keys.
 
 A program takes a square of 128 queries and 128 keys, adds relu(q·k) over the heads in registers, and stores one number
 a pair of blocks: T·T numbers never exist. The keys' tile is read once for all query heads that share it. Half of the
-squares lie above the diagonal or outside a sliding window; their programs end at once, and so do those of distant
-squares where scores are sampled. The mass needs each row's denominator, which takes as many products again, in a kernel
-that goes first.
+squares lie above the diagonal or outside a sliding window; their programs end at once. The mass needs each row's
+denominator, which takes as many products again, in a kernel that goes first.
+
+Where scores are sampled, MOST_STRIDE squares of a row are computed or left out together: a program takes them all, the
+next keys on their way while it multiplies.
 
 T tokens of one document, H query heads, K key heads (H a multiple of K), d head size, b tokens a block.
 """
@@ -23,6 +25,8 @@ from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
 # Sampling leaves out whole squares.
 SQUARE = STRIP
+# For tiles, of a multiprocessor's 228 KiB.
+SHARED_BYTES = 192 * 2**10
 
 
 def block_pair_scores(
@@ -53,10 +57,11 @@ def block_pair_scores(
     scores = torch.zeros(blocks, blocks, device=q_HTd.device, dtype=torch.float32)
     squares = tiles_of(T, SQUARE)
     # Two tiles of 512 bytes a row are 128 KiB of a multiprocessor's 228; of half that the next pair can be on its way.
-    width = power_of_2(d) * q_HTd.element_size()
+    padded = max(16, power_of_2(d))
+    width = padded * q_HTd.element_size()
     window = T if window is None else window
     shape = {
-        "D": d, "BD": max(16, power_of_2(d)), "SIDE": SQUARE,
+        "D": d, "BD": padded, "SIDE": SQUARE,
         "PRECISION": "ieee" if q_HTd.dtype == torch.float32 else "tf32",
         "num_warps": 8, "num_stages": 2 if 2 * width <= SCORED_BYTES else 1,
     }  # fmt: skip
@@ -68,12 +73,26 @@ def block_pair_scores(
             _row_lse[(squares, H)](
                 q_HTd, k_KTd, lse, scale * LOG2_E, T, window, *q_HTd.stride(), *k_KTd.stride(), GROUP=H // K, **shape
             )
+        if sampled:
+            # All heads' queries stay in shared memory while keys go by; or, of many, each head's come with its keys.
+            held = H * width <= SCORED_BYTES
+            # With two stages no keys would be on their way during a product. With half a square's keys at a time there
+            # is room for three; for two programs, too, where one head has 128 numbers.
+            wide = max(SQUARE // 2, block_size)
+            stage = H * width * wide if held else width * (SQUARE + wide)
+            stages = min(3, (SHARED_BYTES - (H * width * SQUARE if held else 0)) // stage)
+            # The first strip of keys is a group of its own.
+            _sampled_scores[(1 + tiles_of(squares - 1, MOST_STRIDE), squares)](
+                q_HTd, k_KTd, scores, scale / H, T, blocks, window, *q_HTd.stride(), *k_KTd.stride(),
+                H=H, GROUP=H // K, HELD=held, WIDE=wide, BLOCK=block_size,
+                NEAR=NEAR_STRIPS, DOUBLINGS=MOST_STRIDE.bit_length() - 1, **shape | {"num_stages": stages},
+            )  # fmt: skip
+            return scores
         _block_pair_scores[(squares, squares)](
             q_HTd, k_KTd, scores, lse,
             scale * LOG2_E if mass else scale / H, T, blocks, window,
             *q_HTd.stride(), *k_KTd.stride(),
-            K=K, GROUP=H // K, BLOCK=block_size, MASS=mass,
-            SAMPLED=sampled, NEAR=NEAR_STRIPS, DOUBLINGS=MOST_STRIDE.bit_length() - 1, **shape,
+            K=K, GROUP=H // K, BLOCK=block_size, MASS=mass, **shape,
         )  # fmt: skip
     return scores
 
@@ -107,30 +126,16 @@ def _row_lse(
 
 
 @triton.jit
-def _stride(distance, NEAR: tl.constexpr, DOUBLINGS: tl.constexpr):
-    """Of how many rows of squares one is computed, so many squares from the diagonal."""
-    stride = 1
-    for doubling in tl.static_range(DOUBLINGS):
-        stride = tl.where(distance >= NEAR << doubling, 2 << doubling, stride)
-    return stride
-
-
-@triton.jit
 def _block_pair_scores(
     Q, KEYS, SCORES, LSE,
     scale, T, blocks, window,
     sqh, sqn, sqd, skh, skm, skd,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-    MASS: tl.constexpr, SAMPLED: tl.constexpr, NEAR: tl.constexpr, DOUBLINGS: tl.constexpr, PRECISION: tl.constexpr,
+    MASS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(1), tl.program_id(0)
     # The square's first query sees keys after first - window; its last query none after itself.
-    wanted = (column <= row) & ((column + 1) * SIDE > row * SIDE - window + 1)
-    if SAMPLED:
-        MOST: tl.constexpr = 1 << DOUBLINGS
-        stride = _stride(row - tl.cdiv(column, MOST) * MOST, NEAR, DOUBLINGS)
-        wanted &= row % stride == 0
-    if wanted:
+    if (column <= row) & ((column + 1) * SIDE > row * SIDE - window + 1):
         rows = row * SIDE + tl.arange(0, SIDE)
         keys = column * SIDE + tl.arange(0, SIDE)
         sums = tl.zeros([SIDE, SIDE], tl.float32)
@@ -156,8 +161,71 @@ def _block_pair_scores(
         else:
             sums = tl.reshape(tl.where(seen, sums * scale, 0.0), (PAIRS, BLOCK, PAIRS, BLOCK))
             found = tl.max(tl.max(sums, 3), 1)
-        if SAMPLED:
-            # The square stands for those below it up to the next one, or to the last.
-            found *= tl.minimum(stride, tl.num_programs(1) - row).to(tl.float32)
         where = SCORES + i.to(tl.int64)[:, None] * blocks + j[None, :]
         tl.store(where, found, mask=(i < blocks)[:, None] & (j < blocks)[None, :])
+
+
+@triton.jit
+def _stride(distance, NEAR: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """Of how many rows of squares one is computed, so many squares from the diagonal."""
+    stride = 1
+    for doubling in tl.static_range(DOUBLINGS):
+        stride = tl.where(distance >= NEAR << doubling, 2 << doubling, stride)
+    return stride
+
+
+@triton.jit
+def _sampled_scores(
+    Q, KEYS, SCORES,
+    scale, T, blocks, window,
+    sqh, sqn, sqd, skh, skm, skd,
+    H: tl.constexpr, GROUP: tl.constexpr, HELD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SIDE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr, DOUBLINGS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A row's squares of one stride: their columns end at a multiple of the largest stride, and are as many."""
+    MOST: tl.constexpr = 1 << DOUBLINGS
+    row, end = tl.program_id(1), tl.program_id(0) * MOST
+    stride = _stride(row - end, NEAR, DOUBLINGS)
+    # The row's first query sees keys after first - window; its last query none after itself.
+    first = tl.maximum(tl.maximum(end - MOST + 1, 0), tl.maximum(row * SIDE - window + 1, 0) // SIDE)
+    last = tl.minimum(end, row)
+    if (first <= last) & (row % stride == 0):
+        DOWN: tl.constexpr = SIDE // BLOCK
+        ACROSS: tl.constexpr = WIDE // BLOCK
+        # A step takes WIDE keys, and all heads or one.
+        HEADS: tl.constexpr = H if HELD else 1
+        STEPS: tl.constexpr = H // HEADS
+        rows = row * SIDE + tl.arange(0, SIDE)
+        i = row * DOWN + tl.arange(0, DOWN)
+        # The squares stand for those below them up to the next ones, or to the last.
+        weight = scale * tl.minimum(stride, tl.num_programs(1) - row).to(tl.float32)
+        queries = ()
+        if HELD:
+            for h in tl.static_range(H):
+                q = load_tile(Q + tl.cast(h, tl.int64) * sqh, rows, T, sqn, sqd, D, BD)
+                queries += (q,)  # type: ignore[assignment]
+        else:
+            sums = tl.zeros([SIDE, WIDE], tl.float32)
+        for step in range(first * (SIDE // WIDE * STEPS), (last + 1) * (SIDE // WIDE * STEPS)):
+            part = step // STEPS
+            keys = part * WIDE + tl.arange(0, WIDE)
+            for own in tl.static_range(HEADS):
+                head = step % STEPS + own
+                k = load_tile(KEYS + tl.cast(head // GROUP, tl.int64) * skh, keys, T, skm, skd, D, BD)
+                q = queries[own] if HELD else load_tile(Q + tl.cast(head, tl.int64) * sqh, rows, T, sqn, sqd, D, BD)
+                s = tl.maximum(tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+                if HELD and own == 0:
+                    sums = s
+                else:
+                    sums += s
+            if step % STEPS == STEPS - 1:
+                # Some query is before some key, or a window after it.
+                if ((part + 1) * WIDE > row * SIDE) | ((row + 1) * SIDE - part * WIDE > window):
+                    seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] > rows[:, None] - window)
+                    sums = tl.where(seen, sums, 0.0)
+                found = tl.max(tl.max(tl.reshape(sums, (DOWN, BLOCK, ACROSS, BLOCK)), 3), 1)
+                j = part * ACROSS + tl.arange(0, ACROSS)
+                where = SCORES + i.to(tl.int64)[:, None] * blocks + j[None, :]
+                tl.store(where, found * weight, mask=(i < blocks)[:, None] & (j < blocks)[None, :])
+                if not HELD:
+                    sums = tl.zeros([SIDE, WIDE], tl.float32)
