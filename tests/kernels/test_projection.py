@@ -11,7 +11,6 @@ from test_attention import DEVICE, DTYPES, poisoned
 from lemo.kernels import reference
 
 pytest.importorskip("triton")
-from lemo.kernels import projection
 from lemo.kernels.projection import FirstLook, projected
 
 # N, D, r; columns before and behind the rows' own, not a number.
@@ -27,31 +26,27 @@ SIZES = {
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 @pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_the_twin(size: str, dtype: torch.dtype, centered: bool, fused: bool, monkeypatch: Any) -> None:
-    check(SIZES[size], dtype, centered, fused, monkeypatch)
+def test_equals_the_twin(size: str, dtype: torch.dtype, centered: bool, monkeypatch: Any) -> None:
+    check(SIZES[size], dtype, centered, monkeypatch)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 @pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("r", [384, 512])
-def test_equals_the_twin_at_a_models_size(r: int, centered: bool, fused: bool, monkeypatch: Any) -> None:
+def test_equals_the_twin_at_a_models_size(r: int, centered: bool, monkeypatch: Any) -> None:
     """Copies that run ahead of products on the same memory show in long rows only."""
     for dtype in DTYPES if DEVICE == "cuda" else DTYPES[-1:]:
-        check((1000 if DEVICE == "cuda" else 130, 4096, r, 0, 0), dtype, centered, fused, monkeypatch)
+        check((1000 if DEVICE == "cuda" else 130, 4096, r, 0, 0), dtype, centered, monkeypatch)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="takes 6 GB")
 def test_rows_may_lie_beyond_32_bits(monkeypatch: Any) -> None:
-    check((45, 256, 256, 0, 2**26 - 256), DTYPES[-1], False, True, monkeypatch)
+    check((45, 256, 256, 0, 2**26 - 256), DTYPES[-1], False, monkeypatch)
 
 
-def check(
-    size: tuple[int, int, int, int, int], dtype: torch.dtype, centered: bool, fused: bool, monkeypatch: Any
-) -> None:
+def check(size: tuple[int, int, int, int, int], dtype: torch.dtype, centered: bool, monkeypatch: Any) -> None:
     N, D, r, before, behind = size
     generator = torch.Generator().manual_seed(0)
     drawn, matrix, offset = (torch.randn(s, generator=generator) for s in ((N, D), (r, D), (r,)))
@@ -63,7 +58,6 @@ def check(
     matrix, offset = (matrix / D**0.5).to(DEVICE, dtype), offset.to(DEVICE)
     look = FirstLook(matrix, offset, matrix.float().sum(1) if centered else None, 1e-5)
     wanted = reference.projected(*(x.double() for x in (hidden, matrix, offset)), 1e-5, centered)
-    monkeypatch.setattr(projection, "FUSED", fused)
     with monkeypatch.context() as unwritten:
         poisoned(unwritten)
         found = projected(hidden, look)

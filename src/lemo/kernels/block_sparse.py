@@ -24,8 +24,6 @@ from lemo.kernels.block_sparse_kernels import backward_keys, backward_queries, f
 from lemo.kernels.launches import Launch, Launches, launches_for
 from lemo.kernels.tiles import LOG2_E, power_of_2, tiles_of
 
-BY_HEAD = True
-
 
 @dataclass(frozen=True, eq=False)
 class Queries:
@@ -174,7 +172,7 @@ def key_gradients(
             scale * LOG2_E, scale, N, K,
             *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dk.stride(),
             **constants,
-            CHUNKS=chunks, FULL=full, BY_HEAD=BY_HEAD,
+            CHUNKS=chunks, FULL=full,
         )  # fmt: skip
     return dk, dv
 

@@ -308,24 +308,17 @@ def backward_keys(
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
-    CUT: tl.constexpr, WEIGHTED: tl.constexpr, BY_HEAD: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
     SPLIT: tl.constexpr = GROUP // HEADS
     ROWS: tl.constexpr = BM // HEADS
-    # One dimension: a grid's others end at 65,535. One head after the other, so that programs that run together read
-    # the same queries; of each head the longest lists go first.
-    blocks = tl.num_programs(0) // (heads * PARTS)
-    if BY_HEAD:
-        kv = (tl.program_id(0) // (blocks * PARTS)).to(tl.int64)
-        place_block = tl.program_id(0) % (blocks * PARTS)
-    else:
-        kv = (tl.program_id(0) % heads).to(tl.int64)
-        place_block = tl.program_id(0) // heads
+    # One dimension: a grid's others end at 65,535. The longest lists of all heads go first.
+    kv = (tl.program_id(0) % heads).to(tl.int64)
     h = kv.to(tl.int32) * GROUP
-    block = tl.load(ORDER + kv * order_h + place_block // PARTS)
+    block = tl.load(ORDER + kv * order_h + tl.program_id(0) // heads // PARTS)
     limit = tl.load(KEY_END + block)
-    keys = tl.load(KEY_FIRST + block) + place_block % PARTS * BN + tl.arange(0, BN)
+    keys = tl.load(KEY_FIRST + block) + tl.program_id(0) // heads % PARTS * BN + tl.arange(0, BN)
     # Of the range the first tiles hold the keys' own rows and the last may be short; all between are full.
     first, end = tl.load(RANGE_FIRST + block), tl.load(RANGE_END + block)
     own = tl.cdiv((end if CUT else tl.load(RANGE_FULL + block)) - first, ROWS)

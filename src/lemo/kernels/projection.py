@@ -21,10 +21,8 @@ from torch import Tensor
 from lemo.kernels.launching import launch
 from lemo.kernels.tiles import tiles_of
 
-# Whether the kernel sums over the rows itself, or another one before it does.
-FUSED = True
 # Tiles in flight, with the one at work.
-STAGES = 3
+_STAGES = 3
 # Rows of a tile, columns of one of the matrix's, numbers of both a step, warps; by how many bytes a number has.
 _HALF, _FULL = (128, 128, 64, 8), (64, 64, 32, 4)
 # Twice the columns read half as often what lies in L2, if a program may have so much shared memory.
@@ -62,17 +60,10 @@ def projected(hidden_ND: Tensor, look: FirstLook) -> Tensor:
     # Not where half of the last tile would lie beyond the matrix.
     if not precise and tiles_of(r, columns) % 2 == 0 and _shared_memory(hidden_ND.device) >= _WIDE_BYTES:
         columns *= 2
-    mean = scale = None
-    if not FUSED:
-        mean, scale = (torch.empty(N, device=hidden_ND.device, dtype=torch.float32) for _ in range(2))
-        launch(
-            _statistics, (tiles_of(N, 16),), hidden_ND, mean, scale, look.eps, N, hidden_ND.stride(0),
-            D=D, BM=16, BK=512, CENTERED=centered, num_warps=4,
-        )  # fmt: skip
     launch(
-        _project, (tiles_of(N, rows) * tiles_of(r, columns),), hidden_ND, look.matrix, look.offset, look.sums, mean,
-        scale, out, look.eps, N, hidden_ND.stride(0), D=D, R=r, BM=rows, BN=columns, BK=step, CENTERED=centered,
-        SUM=FUSED, PRECISION="ieee" if precise else "tf32", num_warps=warps, num_stages=STAGES,
+        _project, (tiles_of(N, rows) * tiles_of(r, columns),), hidden_ND, look.matrix, look.offset, look.sums, out,
+        look.eps, N, hidden_ND.stride(0), D=D, R=r, BM=rows, BN=columns, BK=step, CENTERED=centered,
+        PRECISION="ieee" if precise else "tf32", num_warps=warps, num_stages=_STAGES,
     )  # fmt: skip
     return out
 
@@ -88,10 +79,10 @@ def _shared_memory(device: torch.device) -> int:
 
 @triton.jit
 def _project(
-    X, MATRIX, OFFSET, SUMS, MEAN, SCALE, OUT,
+    X, MATRIX, OFFSET, SUMS, OUT,
     eps, N, stride,
     D: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    CENTERED: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    CENTERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Programs of the same rows run next to each other, which find them in L2.
     across: tl.constexpr = (R + BN - 1) // BN
@@ -114,50 +105,22 @@ def _project(
             x = tl.load(rows + start, mask=(k < D - start)[None, :], other=0.0, cache_modifier=".cg")
             w = tl.load(matrix + start, mask=(k < D - start)[:, None], other=0.0)
         products = tl.dot(x, w, products, input_precision=PRECISION)
-        if SUM:
-            # Loaded once more, from L2: a tile that is summed as well as multiplied gets a buffer too few, and copies
-            # overwrite it while products on it run (Triton 3.6). The other modifier keeps the two loads apart.
-            if D % BK == 0:
-                again = tl.load(rows + start)
-            else:
-                again = tl.load(rows + start, mask=(k < D - start)[None, :], other=0.0)
-            wide = tl.reshape(again.to(tl.float32), [BM, BK // 8, 8])
-            squares += tl.sum(wide * wide, 2)
-            if CENTERED:
-                total += tl.sum(wide, 2)
-    if SUM:
-        mean, scale = _of_sums(tl.sum(total, 1), tl.sum(squares, 1), eps, D, CENTERED)
-    else:
-        mean, scale = tl.load(MEAN + row), tl.load(SCALE + row)
+        # Loaded once more, from L2: a tile that is summed as well as multiplied gets a buffer too few, and copies
+        # overwrite it while products on it run (Triton 3.6). The other modifier keeps the two loads apart.
+        if D % BK == 0:
+            again = tl.load(rows + start)
+        else:
+            again = tl.load(rows + start, mask=(k < D - start)[None, :], other=0.0)
+        wide = tl.reshape(again.to(tl.float32), [BM, BK // 8, 8])
+        squares += tl.sum(wide * wide, 2)
+        if CENTERED:
+            total += tl.sum(wide, 2)
+    variance = tl.sum(squares, 1) / D
     if CENTERED:
+        mean = tl.sum(total, 1) / D
+        variance = tl.maximum(variance - mean * mean, 0.0)
         products -= mean[:, None] * tl.load(SUMS + column)[None, :]
+    scale = 1 / tl.sqrt(variance + eps)
     y = products * scale[:, None] + tl.load(OFFSET + column)[None, :]
     out = OUT + i.to(tl.int64)[:, None] * R + j[None, :]
     tl.store(out, y.to(OUT.dtype.element_ty), mask=(i < N)[:, None] & (j < R)[None, :])
-
-
-@triton.jit
-def _statistics(
-    X, MEAN, SCALE, eps, N, stride, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CENTERED: tl.constexpr
-):
-    """Each row's mean and what the norm multiplies it by, fp32 [N]."""
-    i, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
-    rows = X + i.to(tl.int64)[:, None] * stride + k[None, :]
-    total, squares = tl.zeros([BM, BK], tl.float32), tl.zeros([BM, BK], tl.float32)
-    for start in range(0, D, BK):
-        x = tl.load(rows + start, mask=(i < N)[:, None] & (k < D - start)[None, :], other=0.0).to(tl.float32)
-        total += x
-        squares += x * x
-    mean, scale = _of_sums(tl.sum(total, 1), tl.sum(squares, 1), eps, D, CENTERED)
-    tl.store(MEAN + i, mean, mask=i < N)
-    tl.store(SCALE + i, scale, mask=i < N)
-
-
-@triton.jit
-def _of_sums(total, squares, eps, D: tl.constexpr, CENTERED: tl.constexpr):
-    """(mean, scale) of rows of D numbers."""
-    mean = total / D
-    variance = squares / D
-    if CENTERED:
-        variance = tl.maximum(variance - mean * mean, 0.0)
-    return mean, 1 / tl.sqrt(variance + eps)

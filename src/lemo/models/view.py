@@ -140,22 +140,29 @@ class ArchitectureView:
         return self._heads(projected, self.row.query_norm)
 
     def rotate(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
-        heads_HNd = heads_NHd.transpose(0, 1)
         if rotary is None:
-            return heads_HNd
+            return heads_NHd.transpose(0, 1)
         cos, sin = rotary
         rows = torch.arange(len(heads_NHd), device=heads_NHd.device)
         # They rotate a pair.
         return rotated(rotation_of(self._attention), heads_NHd, heads_NHd[:, :1], cos, sin, rows)[0]
 
+    def _positioned(self, heads_NHd: Tensor, rotary: Rotary) -> Tensor:
+        """As `rotate`, by transformers' own function."""
+        heads_HNd = heads_NHd.transpose(0, 1)
+        if rotary is None:
+            return heads_HNd
+        cos, sin = rotary
+        return rotation_of(self._attention)(heads_HNd[None], heads_HNd[None, :1], cos[None], sin[None])[0][0]
+
     def query(self, normed_ND: Tensor, rotary: Rotary) -> Tensor:
-        return self.rotate(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)
+        return self._positioned(self._query_heads(getattr(self._attention, self.row.query)(normed_ND)), rotary)
 
     def key_value(self, normed_ND: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         attention = self._attention
         key = self._heads(getattr(attention, self.row.key)(normed_ND), self.row.key_norm)
         value = self._heads(getattr(attention, self.row.value)(normed_ND), None)
-        return self.rotate(key, rotary), value.transpose(0, 1)
+        return self._positioned(key, rotary), value.transpose(0, 1)
 
     def head_projections(self, normed_ND: Tensor) -> tuple[Projection, Projection]:
         """What makes queries and keys of such inputs, before they are positioned; in evaluation mode.
