@@ -208,7 +208,7 @@ def test_its_records(place: Any) -> None:
     facts = read_calibration(place.calibration("llama")).facts
     whole, *layers = rows_of(facts)
     assert whole.keep == facts.average_keep
-    assert whole.setting == "curves, keep 0.75, both, paper, bypass 8"
+    assert whole.setting == "curves, keep 0.75, both, paper, bypass 8, rank 48, size 0.65, 100 steps"
     assert len(layers) == 8
     assert whole.recall == pytest.approx(sum(row.recall for row in layers) / 8)
     assert whole.details["lowest_recall"] == min(row.recall for row in layers)

@@ -9,8 +9,14 @@ import torch
 from test_attention import DEVICE, DTYPES, poisoned
 
 from lemo.kernels import reference
+from lemo.selection import score_heads
+from lemo.selection.layout import build_layout
+from lemo.selection.score_heads import random_heads
+from lemo.types import NormWeights
 
 pytest.importorskip("triton")
+from lemo.kernels import projection
+from lemo.kernels.launching import launch
 from lemo.kernels.projection import FirstLook, projected
 
 # N, D, r; columns before and behind the rows' own, not a number.
@@ -64,3 +70,49 @@ def check(size: tuple[int, int, int, int, int], dtype: torch.dtype, centered: bo
     assert found.dtype == dtype
     atol = 2e-5 * float(wanted.abs().max())
     torch.testing.assert_close(found.double(), wanted, rtol=1.01 * ROUNDING[dtype], atol=atol)
+
+
+@pytest.mark.parametrize("gain", [False, True], ids=["plain", "normed heads"])
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+def test_score_heads_by_kernel_are_those_of_torch(centered: bool, gain: bool, monkeypatch: Any) -> None:
+    """Biases, keys that are shared unevenly, norms of heads; the second time the branch's norm has changed."""
+    D, d, T = 48, 16, 200
+    torch.manual_seed(0)
+    heads = random_heads(3, 2, d, D).to(DEVICE)
+    for side in (heads.query, heads.key):
+        side.matrix.mul_(0.1)
+        side.bias.normal_()
+        if gain:
+            side.gain = torch.nn.Parameter(torch.rand(len(side.bias), d, device=DEVICE) + 0.5, requires_grad=False)
+            side.eps = torch.tensor(1e-5, device=DEVICE)
+    heads.forget()
+    norm: Any = torch.nn.LayerNorm(D, device=DEVICE) if centered else torch.nn.RMSNorm(D, eps=1e-5, device=DEVICE)
+    norm.weight.data.uniform_(0.5, 1.5)
+    if centered:
+        norm.bias.data.normal_()
+    weights = NormWeights(norm.weight.detach(), norm.bias.detach() if centered else None, 1e-5, centered)
+    hidden, layout = torch.randn(T, D, device=DEVICE), build_layout(1, T, 16, torch.device(DEVICE))
+
+    def scores(known: NormWeights | None) -> torch.Tensor:
+        with torch.no_grad():
+            return heads.scores(
+                hidden, norm, known, lambda x: x.transpose(0, 1), layout, None, causal=False, mass=False
+            )
+
+    calls: list[int] = []
+
+    def counted(*args: Any, **values: Any) -> None:
+        calls.append(len(calls))
+        launch(*args, **values)
+
+    monkeypatch.setattr(projection, "launch", counted)
+    for turn in (1, 2):
+        with monkeypatch.context() as plain:
+            plain.setattr(score_heads, "projection_backend", lambda *_: "torch")
+            wanted = scores(None)
+        with monkeypatch.context() as by_kernel:
+            by_kernel.setattr(score_heads, "projection_backend", lambda *_: "triton")
+            found = scores(weights)
+        assert len(calls) == turn
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        weights.weight.mul_(1.5)

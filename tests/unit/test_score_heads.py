@@ -12,6 +12,7 @@ from attention_calls import SIZE, TOKENS, attention_calls, begun, call_of, queri
 from lemo.models.watching import BranchCall
 from lemo.selection.head_choice import allot, begin_heads, choices, recall_of
 from lemo.selection.layout import build_layout
+from lemo.selection.score_errors import recall
 from lemo.selection.score_heads import ScoreHeads, heads_of, random_heads
 from lemo.selection.scores import attention_informativeness, best_pairs, block_pair_scores
 
@@ -86,12 +87,24 @@ def test_recall_of_a_choice_is_that_of_its_estimates(causal: bool) -> None:
     q, k = queries_keys(call)
     exact = attention_informativeness(exact_of(call), causal)
     where = exact, call.view.scaling, SIZE, call.view.window
-    worth = [
-        recall_of(choice, q, k, *where, causal=causal, mass=False)
-        for choice in choices(q, k, call.view.scaling, 4, SIZE, call.view.window)
-    ]
+    projections, worth = call.view.head_projections(call.x), []
+    for choice in choices(q, k, call.view.scaling, 4, SIZE, call.view.window):
+        worth.append(recall_of(choice, q, k, *where, causal=causal, mass=False))
+        pairs = pairs_of(begin_heads(projections, choice, call.view.scaling, shared=True), call)
+        found = attention_informativeness(pairs, causal)
+        wanted = sum(recall(found, exact, share) for share in (0.3, 0.4, 0.5, 0.6, 0.7)) / 5
+        assert worth[-1] == pytest.approx(wanted)
     assert worth[-1] == 1.0
     assert worth[0] < 1.0
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_all_heads_are_exact_whatever_chose_them(tokens: int) -> None:
+    """A short document leaves the weights of a layer's heads open."""
+    short, call = attention_calls("llama", tokens)[1], call_of("llama")
+    made = choices(*queries_keys(short), short.view.scaling, 4, SIZE, None)
+    heads = begin_heads(call.view.head_projections(call.x), made[-1], call.view.scaling, shared=False)
+    torch.testing.assert_close(pairs_of(heads, call), exact_of(call), rtol=1e-4, atol=1e-5)
 
 
 def test_heads_go_where_they_add_most() -> None:
@@ -126,7 +139,7 @@ def test_best_pairs_make_the_scores(window: int | None) -> None:
 @pytest.mark.parametrize("lengths", [(25, 35), (16, 16), (3, 40, 8, 1)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_batch_is_its_documents(causal: bool, lengths: tuple[int, ...]) -> None:
-    heads, x = random_heads(2, 6, 12), torch.randn(sum(lengths), 12)
+    heads, x = random_heads(2, 2, 6, 12), torch.randn(sum(lengths), 12)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     layout = build_layout(1, len(x), SIZE, torch.device("cpu"), position_ids=positions)
     found = heads.scores(x, None, None, unmoved, layout, None, causal=causal, mass=False)
@@ -143,7 +156,7 @@ def unmoved(heads: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("causal", "mass"), [(False, False), (True, False), (False, True)])
 def test_long_documents_are_sampled_where_sums_over_queries_count(causal: bool, mass: bool) -> None:
-    heads, T = random_heads(2, 6, 12), 20 * 128
+    heads, T = random_heads(2, 2, 6, 12), 20 * 128
     x = torch.randn(T, 12)
     q, k = heads.positioned(x, unmoved)
     layout = build_layout(1, T, 64, torch.device("cpu"))
@@ -156,7 +169,7 @@ def test_long_documents_are_sampled_where_sums_over_queries_count(causal: bool, 
 
 
 def test_autocast_changes_no_score() -> None:
-    heads, x = random_heads(2, 6, 12), torch.randn(40, 12)
+    heads, x = random_heads(2, 2, 6, 12), torch.randn(40, 12)
     layout = build_layout(1, 40, SIZE, torch.device("cpu"))
     wanted = heads.scores(x, None, None, unmoved, layout, None, causal=False, mass=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,7 +177,7 @@ def test_autocast_changes_no_score() -> None:
 
 
 def test_causal_scores_dont_look_ahead() -> None:
-    heads, x = random_heads(2, 6, 12), torch.randn(45, 12)
+    heads, x = random_heads(2, 2, 6, 12), torch.randn(45, 12)
     layout = build_layout(1, 45, SIZE, torch.device("cpu"))
     changed = x.clone()
     changed[3 * SIZE :] += 1
@@ -195,7 +208,7 @@ def test_heads_come_back_from_their_tensors(family: str) -> None:
 
 
 def test_moved_heads_are_stacked_anew() -> None:
-    heads, x = random_heads(2, 6, 12), torch.randn(40, 12)
+    heads, x = random_heads(2, 2, 6, 12), torch.randn(40, 12)
     before = heads.positioned(x, unmoved)[0]
     heads.double()
     heads.query.matrix.data.mul_(2)

@@ -104,8 +104,8 @@ class _Units:
         # Score heads' queries and keys, their products for each visible pair, far ones for some queries; the first
         # matrix of the MLP's predictor.
         predictor = PredictorConfig()
-        heads = w.d * max(1.0, predictor.size * predictor.heads(w.d, w.A // w.d))
-        self.choice = float(2 * T * w.D * (2 * heads + predictor.widths[0]) + sampled_share(T) * T * (T + 1) * heads)
+        heads, keys = (w.d * count for count in predictor.heads_left(w.d, w.A // w.d))
+        self.choice = float(2 * T * w.D * (heads + keys + predictor.widths[0]) + sampled_share(T) * T * (T + 1) * heads)
         # q·k and p·v, each 2·d for each visible pair.
         self.attention = float(2 * T * (T + 1) * w.A)
         # Logits and the gradient of the hidden states; a frozen head's own gradient isn't computed.

@@ -292,13 +292,14 @@ def _base(config: StepConfig, place: Place, device: str) -> Any:
 
 
 def random_predictors(shape: str, layers: int, device: str) -> dict[tuple[int, str], Predictor]:
-    """Predictors of both branches of every layer, what they predict means nothing. Attention's are as large as layers'
+    """Predictors of both branches of every layer; what they predict means nothing. Attention's are as large as layers'
     are on average after they have shrunk, MLPs' as before."""
     widths, config = Widths.of(shape), PredictorConfig()
-    average = max(1.0, config.size * config.heads(widths.d, widths.A // widths.d))
+    averages = config.heads_left(widths.d, widths.A // widths.d)
     found: dict[tuple[int, str], Predictor] = {}
     for layer in range(layers):
-        found[layer, "attention"] = random_heads(int((layer + 1) * average) - int(layer * average), widths.d, widths.D)
+        heads, keys = (int((layer + 1) * average) - int(layer * average) for average in averages)
+        found[layer, "attention"] = random_heads(heads, keys, widths.d, widths.D)
         found[layer, "mlp"] = ActivityPredictor(widths.D, config.widths)
     return {key: predictor.to(device).requires_grad_(False) for key, predictor in found.items()}
 

@@ -23,8 +23,8 @@ from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, dro
 from lemo.selection.scores import attention_informativeness, block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
 
-# Documents that say which layers get how many heads.
-_CHOOSING = 5
+# Documents that say which layers get how many heads, and blocks that they have at least, if some are so long.
+_CHOOSING, _LEAST_BLOCKS = 5, 8
 
 
 @dataclass(frozen=True)
@@ -110,55 +110,70 @@ class _Fit(Protocol):
 
 
 class _AttentionFit:
-    """Score heads: chosen by the first documents, then trained, unless scores are masses, which no training knows."""
+    """Score heads: chosen by the first documents that have blocks to choose among, then trained, unless scores are
+    masses, which no training knows."""
 
     def __init__(self, config: CalibrationConfig, count: int) -> None:
         self.config, self.count = config, count
         self._mass, self._causal = config.score == "mass", config.score == "causal"
         self._shared = config.predictor.size < 1
-        # Documents that say how many heads a layer gets, if that isn't the same for all.
-        self._first = min(count, _CHOOSING if self._shared else 1)
+        # Several, where they say how many heads a layer gets; else all get as many.
+        self._wanted = _CHOOSING if self._shared else 1
+        self._least = min(_LEAST_BLOCKS, max(1, config.data.max_tokens // (2 * config.block_size)))
         self._layers: list[_Begun] = []
         self._seen: list[tuple[Tensor, Tensor, Rotate]] = []
         self._waiting: deque[HeadsExample] = deque()
         self._heads: list[ScoreHeads] = []
         self._first_size = 0
         self._training: HeadsTraining | None = None
-        self._documents = 0
+        self._documents = self._judged = 0
+        self._judging = False
 
     def visit(self, call: BranchCall) -> None:
-        (q, k), view, size = queries_keys(call), call.view, self.config.block_size
-        where = view.scaling, size, view.window
-        if not self._documents:
-            count = self.config.predictor.heads(view.head_size, len(q))
-            # A hard layer may get more heads than there are on average.
-            most = 2 * count if self._shared else count
-            made = choices(q, k, view.scaling, most, size, view.window, self._mass)
-            self._layers.append(_Begun(view, call.x[:1], count, len(q), len(q) // len(k), made, [0.0] * len(made)))
-        if self._shared and self._documents < self._first:
-            begun = self._layers[call.layer]
-            exact = attention_informativeness(block_pair_scores(q, k, *where, self._mass), self._causal)
-            for n, choice in enumerate(begun.choices):
-                begun.recalls[n] += recall_of(choice, q, k, exact, *where, causal=self._causal, mass=self._mass)
+        q, k = queries_keys(call)
+        view, size = call.view, self.config.block_size
+        self._judging = self._judges(call.x.shape[0])
+        if self._judging:
+            self._judge(call, q, k)
         if not self._mass:
             exact = block_pair_scores(q, k, view.scaling, part_of(size, call.x.shape[0]), view.window)
             self._seen.append((call.x, exact, rotation_of(call)))
 
     def learn(self) -> None:
+        self._judged += self._judging
+        self._judging = False
         self._documents += 1
         if self._seen:
-            x, exact, rotate = zip(*self._seen, strict=True)
+            self._waiting.append(_example(self._seen))
             self._seen.clear()
-            self._waiting.append(HeadsExample(torch.stack(x), torch.stack(exact), rotate))
             drop_oldest(self._waiting, self.config.predictor.memory_gib)
-        if self._documents < self._first:
-            return
-        if not self._heads:
+        if not self._heads and (self._judged == self._wanted or self._documents == self.count):
             self._begin()
         if self._training is not None:
             until = self.config.predictor.head_steps * self._documents // self.count
             while self._waiting:
                 self._training.see(self._waiting.popleft(), until if not self._waiting else 0)
+
+    def _judges(self, tokens: int) -> bool:
+        """Whether a document says which heads are chosen; the last one must if no other has."""
+        blocks, last = -(-tokens // self.config.block_size), self._documents + 1 == self.count
+        return self._judged < self._wanted and (blocks >= self._least or (last and not self._judged))
+
+    def _judge(self, call: BranchCall, q: Tensor, k: Tensor) -> None:
+        view, size = call.view, self.config.block_size
+        where = view.scaling, size, view.window
+        if not self._judged:
+            count = self.config.predictor.heads(view.head_size, len(q))
+            # A hard layer may get more heads than there are on average.
+            most = 2 * count if self._shared else count
+            made = choices(q, k, view.scaling, most, size, view.window, self._mass)
+            like, group = call.x[:1].clone(), len(q) // len(k)
+            self._layers.append(_Begun(view, like, count, len(q), group, made, [0.0] * len(made)))
+        if self._shared:
+            begun = self._layers[call.layer]
+            exact = attention_informativeness(block_pair_scores(q, k, *where, self._mass), self._causal)
+            for n, choice in enumerate(begun.choices):
+                begun.recalls[n] += recall_of(choice, q, k, exact, *where, causal=self._causal, mass=self._mass)
 
     def _begin(self) -> None:
         config, layers = self.config, self._layers
@@ -181,12 +196,20 @@ class _AttentionFit:
         if not self._mass:
             windows = [begun.view.window for begun in layers]
             still = [layer for layer, begun in enumerate(layers) if self._heads[layer].count == begun.own]
+            # The first one says the scores' unit, and short ones' are odd.
+            self._waiting = deque(sorted(self._waiting, key=lambda d: -d.x.shape[1]))
             self._training = HeadsTraining(
                 self._heads, windows, config.block_size, config.predictor, still=still, seed=config.seed
             )
 
     def finish(self) -> tuple[Sequence[ScoreHeads], int]:
         return self._heads if self._training is None else self._training.finish(), self._first_size
+
+
+def _example(seen: Sequence[tuple[Tensor, Tensor, Rotate]]) -> HeadsExample:
+    """A document of all layers' inputs, exact scores and rotations; nothing else refers to the stacked ones."""
+    x, exact, rotate = zip(*seen, strict=True)
+    return HeadsExample(torch.stack(x), torch.stack(exact), rotate)
 
 
 @dataclass(frozen=True)

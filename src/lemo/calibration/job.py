@@ -129,7 +129,12 @@ def _refuse_changed(config: CalibrationConfig, directory: Path) -> None:
         if directory.is_dir() and any(directory.iterdir()):
             raise UserError(f"--output {directory} holds no calibration to resume; choose another --output")
         return
-    old = load_calibration(saved).model_dump(exclude={"output", "device"})
+    try:
+        old = load_calibration(saved).model_dump(exclude={"output", "device"})
+    except UserError as error:
+        raise UserError(
+            f"--resume: the settings in {saved} aren't this version's ({error}); choose another --output"
+        ) from error
     new = config.model_dump(exclude={"output", "device"})
     changed = [name for name in new if old[name] != new[name]]
     if changed:

@@ -57,14 +57,14 @@ def launches_for(row_bytes: int, key_block: int, device: torch.device) -> Launch
         key_block: tokens of a key block.
         device: of the tensors.
     """
-    generation, memory = _card(device)
+    generation, memory = card(device)
     if row_bytes > _SMALL_BYTES:
         return _LARGE if memory >= _LARGE_BYTES else _TIGHT
     return _HOPPER[128 if key_block > 64 else 64] if generation == 9 else _SMALL
 
 
 @functools.cache
-def _card(device: torch.device) -> tuple[int, int]:
+def card(device: torch.device) -> tuple[int, int]:
     """Compute capability's first number, and bytes of shared memory that a program may have; a CPU has enough."""
     if device.type != "cuda":
         return 0, _LARGE_BYTES

@@ -9,15 +9,14 @@ N rows, D hidden size, r numbers a row.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo.kernels.launches import card
 from lemo.kernels.launching import launch
 from lemo.kernels.tiles import tiles_of
 
@@ -58,7 +57,7 @@ def projected(hidden_ND: Tensor, look: FirstLook) -> Tensor:
     precise, centered = hidden_ND.dtype == torch.float32, look.sums is not None
     rows, columns, step, warps = _FULL if precise else _HALF
     # Not where half of the last tile would lie beyond the matrix.
-    if not precise and tiles_of(r, columns) % 2 == 0 and _shared_memory(hidden_ND.device) >= _WIDE_BYTES:
+    if not precise and tiles_of(r, columns) % 2 == 0 and card(hidden_ND.device)[1] >= _WIDE_BYTES:
         columns *= 2
     launch(
         _project, (tiles_of(N, rows) * tiles_of(r, columns),), hidden_ND, look.matrix, look.offset, look.sums, out,
@@ -66,15 +65,6 @@ def projected(hidden_ND: Tensor, look: FirstLook) -> Tensor:
         PRECISION="ieee" if precise else "tf32", num_warps=warps, num_stages=_STAGES,
     )  # fmt: skip
     return out
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have; a CPU has enough."""
-    if device.type != "cuda":
-        return _WIDE_BYTES
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
 
 
 @triton.jit

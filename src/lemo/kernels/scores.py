@@ -21,12 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lemo.kernels.dispatch import MOST_STRIDE, NEAR_STRIPS, SCORED_BYTES, STRIP
+from lemo.kernels.launches import card
 from lemo.kernels.tiles import LOG2_E, load_tile, power_of_2, tiles_of
 
 # Sampling leaves out whole squares.
 SQUARE = STRIP
-# For tiles, of a multiprocessor's 228 KiB.
-SHARED_BYTES = 192 * 2**10
+# For tiles, of the 227 KiB that a program may have on Hopper; what is left there is left elsewhere too.
+SHARED_BYTES, SPARE_BYTES = 192 * 2**10, 16 * 2**10
 
 
 def block_pair_scores(
@@ -75,12 +76,13 @@ def block_pair_scores(
             )
         if sampled:
             # All heads' queries stay in shared memory while keys go by; or, of many, each head's come with its keys.
-            held = H * width <= SCORED_BYTES
+            room = min(SHARED_BYTES, card(q_HTd.device)[1] - SPARE_BYTES)
             # With two stages no keys would be on their way during a product. With half a square's keys at a time there
             # is room for three; for two programs, too, where one head has 128 numbers.
             wide = max(SQUARE // 2, block_size)
+            held = H * width <= SCORED_BYTES and H * width * (SQUARE + wide) <= room
             stage = H * width * wide if held else width * (SQUARE + wide)
-            stages = min(3, (SHARED_BYTES - (H * width * SQUARE if held else 0)) // stage)
+            stages = max(1, min(3, (room - (H * width * SQUARE if held else 0)) // stage))
             # The first strip of keys is a group of its own.
             _sampled_scores[(1 + tiles_of(squares - 1, MOST_STRIDE), squares)](
                 q_HTd, k_KTd, scores, scale / H, T, blocks, window, *q_HTd.stride(), *k_KTd.stride(),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo.errors import UserError
 from lemo.models.architectures import Architecture
 from lemo.models.fused import fused
 from lemo.models.lora import linears_of_one_input
@@ -168,7 +169,7 @@ class ArchitectureView:
         """What makes queries and keys of such inputs, before they are positioned; in evaluation mode.
 
         Raises:
-            ValueError: a norm of heads that isn't known.
+            UserError: a norm of heads that isn't known.
         """
         attention, row = self._attention, self.row
         query_factor = float(attention.scaling) if row.scale_query else 1.0
@@ -184,7 +185,10 @@ class ArchitectureView:
             return Projection(matrix, bias)
         weights = norm_weights(getattr(self._attention, norm))
         if weights is None or weights.centered:
-            raise ValueError(f"{norm} of {type(self._attention).__name__} is no RMS norm that lemo knows")
+            raise UserError(
+                f"{norm} of {type(self._attention).__name__} is no RMS norm that lemo knows, or has hooks: score heads "
+                "can't take it over"
+            )
         return Projection(matrix, bias, weights.weight.detach().float(), weights.eps)
 
     def query_key_value(self, normed_ND: Tensor, rotary: Rotary, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -187,7 +187,9 @@ def _choose(by_head_PH: Tensor, count: int, equal: bool) -> list[Choice]:
             if head not in before:
                 these = [*before, head]
                 part, aim = gram[these][:, these], target[these]
-                w = torch.full_like(aim, 1 / len(these)) if equal else _nonnegative(part, aim)
+                # All of them are the mean, whatever one document leaves open.
+                even = equal or len(these) == len(gram)
+                w = torch.full_like(aim, 1 / len(these)) if even else _nonnegative(part, aim)
                 found.append((float(w @ part @ w - 2 * w @ aim) + total, these, w.tolist()))
         _, heads, weights = min(found, key=lambda one: one[0])
         made.append(Choice(tuple(heads), tuple(weights)))

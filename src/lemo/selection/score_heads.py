@@ -171,10 +171,11 @@ class ScoreHeads(nn.Module):
     ) -> Tensor:
         """One document's estimated block scores, fp32 [n]; arguments as `pair_scores`' and `scores`'.
 
-        Sums over query blocks need only some of the distant ones. A causal score is a query block's own, and masses
-        have denominators.
+        Sums over query blocks need only some of the distant ones. A causal score is a query block's own, masses have
+        denominators, and a window has few distant ones.
         """
-        pairs = self.pair_scores(q_MNd, k_MNd, block_size, window, mass=mass, sampled=not (causal or mass))
+        sampled = window is None and not (causal or mass)
+        pairs = self.pair_scores(q_MNd, k_MNd, block_size, window, mass=mass, sampled=sampled)
         return attention_informativeness(pairs, causal)
 
     def scores(
@@ -232,10 +233,10 @@ class ScoreHeads(nn.Module):
         return held
 
 
-def random_heads(count: int, head_size: int, width: int) -> ScoreHeads:
-    """Heads that predict nothing, as large as those that do, each with its own keys."""
-    query, key = (HeadProjection(torch.randn(count, head_size, width), torch.zeros(count, head_size)) for _ in range(2))
-    return ScoreHeads(query, key, torch.arange(count))
+def random_heads(count: int, keys: int, head_size: int, width: int) -> ScoreHeads:
+    """Heads that predict nothing, and the keys that they share as evenly as can be."""
+    query, key = (HeadProjection(torch.randn(n, head_size, width), torch.zeros(n, head_size)) for n in (count, keys))
+    return ScoreHeads(query, key, torch.arange(count) * keys // count)
 
 
 def heads_of(tensors: dict[str, Tensor]) -> ScoreHeads:

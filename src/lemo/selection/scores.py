@@ -40,15 +40,16 @@ def block_pair_scores(
         mass: in place of the equations', the softmax mass that I's queries give to J's keys; mean over heads and
             queries, so that a row's scores sum to 1.
         sampled: for estimates whose column sums are all that counts: most of the distant query blocks are left out,
-            0, and the others' scores multiplied by how many they stand for (`sample_weights`). Not with mass.
+            0, and the others' scores multiplied by how many they stand for (`sample_weights`). Not with mass, nor with
+            a window, which hides some of those.
 
     Raises:
-        ValueError: mass and sampled both.
+        ValueError: sampled, and mass or a window too.
 
     On a GPU by a kernel that stores nothing but the scores; otherwise one chunk of query blocks times T at a time.
     """
-    if mass and sampled:
-        raise ValueError("block-pair scores are sampled for their column sums; mass can't be: leave one of the two out")
+    if sampled and (mass or window is not None):
+        raise ValueError("block-pair scores are sampled without mass or a window: leave those out")
     if scores_backend(q_HTd, k_KTd, block_size) == "triton":
         from lemo.kernels.scores import block_pair_scores as by_kernel
 
