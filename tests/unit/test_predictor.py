@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lemo.selection import predictor_training
+from lemo.selection.examples import GIB, Example
 from lemo.selection.layout import build_layout
 from lemo.selection.predictor import ActivityPredictor, activity_predictor_of, predicted_scores
 from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.predictor_stack import PredictorStack
-from lemo.selection.predictor_training import GIB, Example, PredictorTraining
+from lemo.selection.predictor_training import PredictorTraining
 from lemo.selection.score_errors import recall
 from lemo.selection.scores import block_means, mlp_informativeness
 from lemo.types import SequenceLayout

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from attention_calls import SIZE, attention_calls, begun, queries_keys, rotate_of
+from lemo.selection.examples import GIB
 from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.score_heads import ScoreHeads, random_heads
-from lemo.selection.score_heads_training import GIB, HeadsExample, HeadsTraining, blocks_of_parts, part_of
+from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, blocks_of_parts, part_of
 from lemo.selection.scores import block_pair_scores
 
 TOKENS = 120

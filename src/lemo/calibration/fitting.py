@@ -15,11 +15,12 @@ from lemo.calibration.config import CalibrationConfig
 from lemo.models.bypasses import add_to_fit
 from lemo.models.calibration import BRANCHES, Key
 from lemo.models.watching import BranchCall, watch
+from lemo.selection.examples import Example, keep_newest
 from lemo.selection.head_choice import Choice, allot, begin_heads, choices, recall_of
 from lemo.selection.predictor import ActivityPredictor, Predictor
-from lemo.selection.predictor_training import Example, PredictorTraining
+from lemo.selection.predictor_training import PredictorTraining
 from lemo.selection.score_heads import Rotate, ScoreHeads
-from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, drop_oldest, part_of
+from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, part_of
 from lemo.selection.scores import attention_informativeness, block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
 
@@ -146,7 +147,7 @@ class _AttentionFit:
         if self._seen:
             self._waiting.append(_example(self._seen))
             self._seen.clear()
-            drop_oldest(self._waiting, self.config.predictor.memory_gib)
+            keep_newest(self._waiting, self.config.predictor.memory_gib)
         if not self._heads and (self._judged == self._wanted or self._documents == self.count):
             self._begin()
         if self._training is not None:
@@ -177,13 +178,13 @@ class _AttentionFit:
 
     def _begin(self) -> None:
         config, layers = self.config, self._layers
-        projections = layers[0].view.head_projections(layers[0].like)
-        whole = begin_heads(projections, layers[0].choices[layers[0].count - 1], 1.0, shared=False, mass=self._mass)
-        self._first_size = whole.size
+        query, _ = layers[0].view.head_projections(layers[0].like)
+        self._first_size = 2 * layers[0].count * query.size
         if self._shared:
-            one = whole.size // (2 * whole.count)
-            sizes = [[one * (len(c.heads) + len(c.keys(begun.group))) for c in begun.choices] for begun in layers]
-            most = int(config.predictor.size * whole.size * len(layers))
+            sizes = [
+                [query.size * (len(c.heads) + len(c.keys(begun.group))) for c in begun.choices] for begun in layers
+            ]
+            most = int(config.predictor.size * self._first_size * len(layers))
             counts = allot([begun.recalls for begun in layers], sizes, most)
         else:
             counts = [begun.count for begun in layers]

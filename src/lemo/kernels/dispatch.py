@@ -207,25 +207,28 @@ def prediction_backend(x: Tensor, block_size: int, numbers: int, norm_known: boo
 
 
 def _reason_against_prediction(x: Tensor, block_size: int, numbers: int, norm_known: bool) -> str | None:
-    if reason := _reason_against_any(x):
+    if reason := _reason_against_projection(x, norm_known):
         return reason
-    if not norm_known:
-        return "the kernel knows RMS norms and LayerNorm, before the branch"
     if block_size > LARGEST_PREDICTED_BLOCK:
         return f"the kernel takes blocks of at most {LARGEST_PREDICTED_BLOCK} tokens, not {block_size}"
     if numbers > MOST_NUMBERS:
         return f"the kernel takes at most {MOST_NUMBERS} rows of the first matrix, not {numbers}"
-    return _reason_against_dtype(x)
+    return None
 
 
 def projection_backend(x: Tensor, norm_known: bool) -> str:
     """`triton` or `torch` for score heads' queries and keys of every token; logged once for every reason."""
-    reason = _reason_against_any(x)
-    if reason is None and not norm_known:
-        reason = "the kernel knows RMS norms and LayerNorm, before the branch"
-    reason = reason or _reason_against_dtype(x)
+    reason = _reason_against_projection(x, norm_known)
     _note("score heads' queries and keys", "torch" if reason else "triton", reason)
     return "torch" if reason else "triton"
+
+
+def _reason_against_projection(x: Tensor, norm_known: bool) -> str | None:
+    if reason := _reason_against_any(x):
+        return reason
+    if not norm_known:
+        return "the kernel knows RMS norms and LayerNorm, before the branch"
+    return _reason_against_dtype(x)
 
 
 def ranking_backend(score: Tensor, longest: int) -> str:

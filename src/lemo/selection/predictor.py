@@ -122,13 +122,9 @@ class ActivityPredictor(nn.Module):
         where = (layout.first_row_of_block, layout.block_tokens, layout.block_size)
         return mean_activity(hidden_ND, look, ready.second, ready.third, *where)
 
-    def _first_matrix(self) -> Tensor:
-        """The first matrix for inputs that are only centred, [r, D]."""
-        return self.matrices[0] / self.spread
-
     def _affine(self) -> tuple[Tensor, Tensor]:
         """What the first layer does to a normalised input before its ReLU, [r, D] and [r]."""
-        first = self._first_matrix()
+        first = self.matrices[0] / self.spread
         return first, -(first @ self.center)
 
     @torch.no_grad()

@@ -9,38 +9,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lemo.selection.elastic import ZeroCounts, prune
+from lemo.selection.examples import Example, keep_newest
 from lemo.selection.predictor import ActivityPredictor
 from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.predictor_stack import PredictorStack
 from lemo.selection.score_errors import log_error, log_score, mean_score, order_error
 from lemo.selection.scores import block_means
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Example:
-    """One document as each layer's MLP saw it.
-
-    Attributes:
-        x: normalised inputs, [L, N, D].
-        exact: activities, [L, N].
-    """
-
-    x: Tensor
-    exact: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """What it takes to keep it."""
-        return sum(x.numel() * x.element_size() for x in (self.x, self.exact))
-
 
 # What the loss's parts count.
 _ORDER, _LOGARITHMS = 1.0, 0.3
@@ -81,8 +60,7 @@ class PredictorTraining:
             self.stack.measure(example.x, example.exact)
             self._begin_at_the_mean(example.x)
         self._memory.append(example)
-        while len(self._memory) > 1 and sum(d.bytes for d in self._memory) > self.config.memory_gib * GIB:
-            self._memory.popleft()
+        keep_newest(self._memory, self.config.memory_gib)
         for _ in range(min(steps, self.config.steps - self.step)):
             self._train()
 

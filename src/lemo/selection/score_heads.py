@@ -42,6 +42,11 @@ class Projection:
     gain: Tensor | None = None
     eps: float = 0.0
 
+    @property
+    def size(self) -> int:
+        """Numbers of one head that may be fitted."""
+        return sum(x[0].numel() for x in (self.matrix, self.bias)) + (0 if self.gain is None else self.gain.numel())
+
     def heads(self, index: Tensor, factor_m: Tensor | None = None) -> HeadProjection:
         """Some heads, in that order, times a number each."""
         matrix, bias, gain = self.matrix[index], self.bias[index], self.gain

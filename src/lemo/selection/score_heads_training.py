@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.selection.examples import Example, keep_newest
 from lemo.selection.predictor_config import PredictorConfig
 from lemo.selection.score_errors import log_error, log_score, mean_score, order_error, pair_error
 from lemo.selection.score_heads import Rotate, ScoreHeads
 from lemo.selection.scores import best_pairs
 
-GIB = 2**30
 # What the loss's parts count.
 _ORDER, _LOGARITHMS, _PAIRS = 0.2, 3.0, 1.0
 # Parts under so many tokens cost more than they teach, and the kernel for scores has none.
@@ -44,29 +44,15 @@ def part_of(block_size: int, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class HeadsExample:
+class HeadsExample(Example):
     """One document as each layer's attention saw it.
 
     Attributes:
-        x: normalised inputs, [L, N, D].
         exact: pair scores of parts of blocks, [L, f, f].
-        rotate: positions heads of its rows, one a layer.
+        rotate: positions heads of its rows, one a layer; layers share what that takes.
     """
 
-    x: Tensor
-    exact: Tensor
     rotate: Sequence[Rotate]
-
-    @property
-    def bytes(self) -> int:
-        """What it takes to keep it, but for rotations, which layers share."""
-        return sum(x.numel() * x.element_size() for x in (self.x, self.exact))
-
-
-def drop_oldest(documents: deque[HeadsExample], gib: float) -> None:
-    """Keeps the newest documents, as many as take so much memory; one at least."""
-    while len(documents) > 1 and sum(d.bytes for d in documents) > gib * GIB:
-        documents.popleft()
 
 
 class HeadsTraining:
@@ -107,7 +93,7 @@ class HeadsTraining:
         if self._scale is None:
             self._scale = mean_score(example.exact).clamp(min=torch.finfo(torch.float32).tiny)
         self._memory.append(example)
-        drop_oldest(self._memory, self.config.memory_gib)
+        keep_newest(self._memory, self.config.memory_gib)
         while self._optimizer is not None and self.step < min(until, self.config.head_steps):
             self._train(self._optimizer)
 
