@@ -8,23 +8,28 @@ LEMO=${LEMO:-lemo} JOBS=${JOBS:-1} PLACE=runs/calibrations CONFIG=benchmarks/cal
 made() { [ -f "$PLACE/$1/calibration.json" ] || $LEMO calibrate --config $CONFIG --output "$PLACE/$1" --resume "${@:2}"; }
 export -f made
 export LEMO PLACE CONFIG
+side_by_side() { xargs -d '\n' -P "$JOBS" -I{} bash -c '{}'; }
+reuse() { echo "--set reuse=$PLACE/$1 --set dense_share=0"; }
 made default-0.75
-reuse="--set reuse=$PLACE/default-0.75"
+# Losses that another has measured with the same bypasses and scores come along; so of those without bypasses, and of those
+# with causal scores, one goes first. They leave blocks out in every pass, but for the default ones.
 {
-  for keep in 0.9 0.5; do echo "made default-$keep $reuse --set keep=$keep"; done
-  # The others leave blocks out in every pass.
-  reuse="$reuse --set dense_share=0"
+  echo "made both-curves-0.9-bare $(reuse default-0.75) --set keep=0.9 --set bypass_rank=0"
+  echo "made both-curves-0.9-causal $(reuse default-0.75) --set keep=0.9 --set score=causal"
   for keep in 0.9 0.75 0.5; do
-    for way in uniform algorithm1 curves; do
-      echo "made both-$way-$keep $reuse --set allocation=$way --set keep=$keep"
+    for way in algorithm1 curves uniform; do
+      echo "made both-$way-$keep $(reuse default-0.75) --set allocation=$way --set keep=$keep"
     done
-    echo "made both-curves-$keep-bare $reuse --set keep=$keep --set bypass_rank=0"
-    echo "made both-curves-$keep-causal $reuse --set keep=$keep --set score=causal"
   done
   # Attention alone: keep counts both branches, so these are 0.8, 0.5 and 0.25 of attention's.
   for keep in 0.9 0.75 0.625; do
-    for way in uniform algorithm1 curves; do
-      echo "made attention-$way-$keep $reuse --set allocation=$way --set keep=$keep --set branches=attention"
+    for way in algorithm1 curves uniform; do
+      echo "made attention-$way-$keep $(reuse default-0.75) --set allocation=$way --set keep=$keep --set branches=attention"
     done
   done
-} | xargs -d '\n' -P "$JOBS" -I{} bash -c '{}'
+  for keep in 0.9 0.5; do echo "made default-$keep --set reuse=$PLACE/default-0.75 --set keep=$keep"; done
+} | side_by_side
+for keep in 0.75 0.5; do
+  echo "made both-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0"
+  echo "made both-curves-$keep-causal $(reuse both-curves-0.9-causal) --set keep=$keep --set score=causal"
+done | side_by_side

@@ -25,6 +25,8 @@ from lemo.kernels.block_grid import BlockGrid, Integers, Latest, RowTiles, on_de
 # Entries of lists that are turned round at a time: some 50 bytes each until they are done.
 _AT_ONCE = 2**24
 _ALL = 2**31 - 1
+# Times the mean.
+_FAR_MORE = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +136,8 @@ class KeyLists:
     Attributes:
         seers: int32; key block j of key head k has those from `start[k, j]` to `start[k, j + 1]`, ascending.
         start: int64 [K or 1, nk + 1].
-        order: key blocks, those that most see first, ranges included, int32 [K or 1, nk].
+        order: in which key blocks' turns come, `head * nk + block` or, where heads share it, the block; int32 [K·nk] or
+            [nk].
         boost: logarithm to base 2 of the weight that the key block has for each seer, fp32; None where all are 1.
     """
 
@@ -171,7 +174,7 @@ def turn_round(lists: BlockLists) -> KeyLists:
             boost[k : k + step] = weights.gather(1, order)
         start[k : k + step] = torch.searchsorted(key_row, ends.expand(len(key_row), -1).contiguous())
     start += pairs * torch.arange(heads, device=device)[:, None]
-    order = _longest_first(start, grid, np.ones(nq, dtype=np.int64))
+    order = _order(start, grid, np.ones(nq, dtype=np.int64))
     return KeyLists(seers.flatten(), start, order, None if boost is None else boost.flatten())
 
 
@@ -196,12 +199,20 @@ def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
             boost[k] = turned.boost.view(heads, pairs)[k].repeat_interleave(count, output_size=total)
         start[k] = before[turned.start[k] - k * pairs] + k * total
     seers += torch.arange(total, dtype=torch.int32, device=device)
-    order = _longest_first(start, grid, tiles.per_block)
+    order = _order(start, grid, tiles.per_block)
     return KeyLists(seers.flatten(), start, order, None if boost is None else boost.flatten())
 
 
-def _longest_first(start: Tensor, grid: BlockGrid, per_block: Integers) -> Tensor:
-    """Key blocks by how many see them: those listed, and `per_block` for each query block of the range."""
+def _order(start: Tensor, grid: BlockGrid, per_block: Integers) -> Tensor:
+    """`KeyLists.order`, by how many see each key block: those listed, and `per_block` for each query block of the range.
+
+    With lists of their own heads go one after the other: programs that run together then read one head's queries, more
+    of which lie in L2. But what far more see than most goes first, or it would run on alone at the end. Heads with
+    shared lists read the same places, and the longest lists go first.
+    """
     before = np.concatenate([[0], per_block.cumsum()])
     ranged = on_device(before[grid.range_end] - before[grid.query_of_key], torch.int64, start.device)
-    return (start.diff(dim=1) + ranged).argsort(dim=1, descending=True, stable=True).int()
+    seen = (start.diff(dim=1) + ranged).flatten()
+    if len(start) > 1:
+        seen = seen.where(seen > _FAR_MORE * seen.double().mean(), 0)
+    return seen.argsort(descending=True, stable=True).int()

@@ -3,8 +3,8 @@
 A program takes a tile of queries of one block (`lemo.kernels.block_lists`) and goes through the block's chosen key
 blocks, the run before it, and itself; only keys inside the query block need a mask (where a sliding window cuts, all
 do). Gradients of keys and values: a program takes the keys of a block and goes through the queries of its range, which
-follow each other, and the listed tiles of queries that see it beside these; blocks that most see go first. Sums have
-one order, so results repeat bit by bit.
+follow each other, and the listed tiles of queries that see it beside these. Sums have one order, so results repeat bit
+by bit.
 
 N queries, M keys, H query heads, K key/value heads, G = H/K, d head size. FlashAttention-2's algorithm, as in
 `lemo.kernels.attention`; logarithms of softmax denominators are to base 2.
@@ -151,7 +151,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values, [K, M, d] each; `pairs_HN2` are `query_gradient`'s."""
     K, N = k_KMd.shape[0], q_HNd.shape[1]
-    lists, grid = queries.lists, queries.lists.grid
+    lists, grid, blocks = queries.lists, queries.lists.grid, len(queries.lists.grid.key_first)
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
     if queries.host_rows is None:
         # Every listed query block stands for as many tiles as the longest has.
@@ -164,12 +164,12 @@ def key_gradients(
     new = torch.zeros if grid.padded else torch.empty
     dk, dv = (new(x.shape, device=x.device, dtype=x.dtype) for x in (k_KMd, v_KMd))
     with torch.cuda.device_of(q_HNd):
-        backward_keys[(K * len(grid.key_first) * constants["PARTS"],)](
+        backward_keys[(K * blocks * constants["PARTS"],)](
             q_HNd, k_KMd, v_KMd, grad_NHd, pairs_HN2.view(torch.int64), dk, dv, *_rows_of(tiles),
             tiles.range_first, tiles.range_full, tiles.range_end, first, end,
             seen_by.seers, _or(seen_by.boost, seen_by.seers), seen_by.start, _head_stride(seen_by.start),
-            seen_by.order, _head_stride(seen_by.order), grid.here.key_first, grid.here.key_end,
-            scale * LOG2_E, scale, N, K,
+            seen_by.order, grid.here.key_first, grid.here.key_end,
+            scale * LOG2_E, scale, N, blocks, K * blocks // len(seen_by.order),
             *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dk.stride(),
             **constants,
             CHUNKS=chunks, FULL=full,

@@ -303,8 +303,8 @@ def _key_gradient(
 @triton.jit
 def backward_keys(
     Q, K, V, DO, PAIRS, DK, DV, POSITION, LOWEST, RANGE_FIRST, RANGE_FULL, RANGE_END,
-    FIRST, END, SEERS, BOOST, START, start_h, ORDER, order_h, KEY_FIRST, KEY_END,
-    scale_log2, scale, N, heads,
+    FIRST, END, SEERS, BOOST, START, start_h, ORDER, KEY_FIRST, KEY_END,
+    scale_log2, scale, N, blocks, sharing,
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
@@ -313,12 +313,13 @@ def backward_keys(
     # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
     SPLIT: tl.constexpr = GROUP // HEADS
     ROWS: tl.constexpr = BM // HEADS
-    # One dimension: a grid's others end at 65,535. The longest lists of all heads go first.
-    kv = (tl.program_id(0) % heads).to(tl.int64)
+    # One dimension: a grid's others end at 65,535. Heads that share an order take turns.
+    turn = tl.program_id(0) // sharing
+    place = tl.load(ORDER + turn // PARTS)
+    kv, block = (place // blocks + tl.program_id(0) % sharing).to(tl.int64), place % blocks
     h = kv.to(tl.int32) * GROUP
-    block = tl.load(ORDER + kv * order_h + tl.program_id(0) // heads // PARTS)
     limit = tl.load(KEY_END + block)
-    keys = tl.load(KEY_FIRST + block) + tl.program_id(0) // heads % PARTS * BN + tl.arange(0, BN)
+    keys = tl.load(KEY_FIRST + block) + turn % PARTS * BN + tl.arange(0, BN)
     # Of the range the first tiles hold the keys' own rows and the last may be short; all between are full.
     first, end = tl.load(RANGE_FIRST + block), tl.load(RANGE_END + block)
     own = tl.cdiv((end if CUT else tl.load(RANGE_FULL + block)) - first, ROWS)
