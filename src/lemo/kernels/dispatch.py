@@ -26,6 +26,7 @@ NEAR_STRIPS = 16
 MOST_STRIDE = 16
 LARGEST_PREDICTED_BLOCK = 128
 MOST_NUMBERS = 128
+LARGEST_NORMED_HEAD = 128
 MOST_RANKED = 2**14
 LISTED_BLOCKS = (16, 32, 64, 128)
 LISTED_BYTES = 2**15
@@ -229,6 +230,23 @@ def _reason_against_projection(x: Tensor, norm_known: bool) -> str | None:
     if not norm_known:
         return "the kernel knows RMS norms and LayerNorm, before the branch"
     return _reason_against_dtype(x)
+
+
+def head_norm_backend(size: int, query_eps: float, key_eps: float) -> str:
+    """`triton` or `torch` for the RMS norm of score heads' queries and keys that Triton projects; logged once for every
+    reason.
+
+    Args:
+        size: of a head.
+        query_eps, key_eps: the norms'.
+    """
+    reason = None
+    if size > LARGEST_NORMED_HEAD or size & (size - 1):
+        reason = f"the kernel takes head sizes that are powers of 2 up to {LARGEST_NORMED_HEAD}, not {size}"
+    elif query_eps != key_eps:
+        reason = f"the kernel takes one eps for queries and keys, not {query_eps} and {key_eps}"
+    _note("norm of score heads' queries and keys", "torch" if reason else "triton", reason)
+    return "torch" if reason else "triton"
 
 
 def ranking_backend(score: Tensor, longest: int) -> str:

@@ -1,9 +1,9 @@
 """A branch's norm and a linear map of every row of the residual stream in one pass, in Triton.
 
 The norm's weight lies in the matrix, its scale is a factor on each row's products and comes from sums over the same
-numbers, so that normalised inputs never exist.
+numbers, so that normalised inputs never exist. A norm of heads behind the map is done on tiles that hold heads whole.
 
-N rows, D hidden size, r numbers a row.
+N rows, D hidden size, r numbers a row, d head size.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,6 +29,21 @@ _WIDE_BYTES = 144 * 2**10
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """An RMS norm that each head goes through.
+
+    Attributes:
+        gain: of one head after the other, fp32 [r], r a multiple of d.
+        size: d, a power of two up to `LARGEST_NORMED_HEAD`.
+        eps: the norm's.
+    """
+
+    gain: Tensor
+    size: int
+    eps: float
+
+
+@dataclass(frozen=True)
 class FirstLook:
     """A matrix and the norm before it.
 
@@ -37,16 +52,18 @@ class FirstLook:
         offset: what is added to the scaled products, fp32 [r].
         sums: fp32 [r], the matrix's rows summed, where the norm takes the mean away; else None.
         eps: the norm's.
+        heads: the norm of heads behind the matrix, or None.
     """
 
     matrix: Tensor
     offset: Tensor
     sums: Tensor | None
     eps: float
+    heads: HeadNorm | None = None
 
 
 def projected(hidden_ND: Tensor, look: FirstLook) -> Tensor:
-    """What the matrix makes of each row after its norm, in the rows' dtype [N, r].
+    """What the matrix makes of each row after its norm, heads normed where they are to be; in the rows' dtype [N, r].
 
     Args:
         hidden_ND: the residual stream, rows contiguous in memory.
@@ -59,19 +76,24 @@ def projected(hidden_ND: Tensor, look: FirstLook) -> Tensor:
     # Not where half of the last tile would lie beyond the matrix.
     if not precise and tiles_of(r, columns) % 2 == 0 and card(hidden_ND.device)[1] >= _WIDE_BYTES:
         columns *= 2
+    gain, size, head_eps = None, 0, 0.0
+    if (heads := look.heads) is not None:
+        gain, size, head_eps = heads.gain, heads.size, heads.eps
+        assert r % size == 0, "heads are whole"
+        columns = max(columns, size)
     launch(
-        _project, (tiles_of(N, rows) * tiles_of(r, columns),), hidden_ND, look.matrix, look.offset, look.sums, out,
-        look.eps, N, hidden_ND.stride(0), D=D, R=r, BM=rows, BN=columns, BK=step, CENTERED=centered,
-        PRECISION="ieee" if precise else "tf32", num_warps=warps, num_stages=_STAGES,
+        _project, (tiles_of(N, rows) * tiles_of(r, columns),), hidden_ND, look.matrix, look.offset, look.sums, gain,
+        out, look.eps, head_eps, N, hidden_ND.stride(0), D=D, R=r, HEAD=size, BM=rows, BN=columns, BK=step,
+        CENTERED=centered, PRECISION="ieee" if precise else "tf32", num_warps=warps, num_stages=_STAGES,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _project(
-    X, MATRIX, OFFSET, SUMS, OUT,
-    eps, N, stride,
-    D: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    X, MATRIX, OFFSET, SUMS, GAIN, OUT,
+    eps, head_eps, N, stride,
+    D: tl.constexpr, R: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     CENTERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Programs of the same rows run next to each other, which find them in L2.
@@ -112,5 +134,9 @@ def _project(
         products -= mean[:, None] * tl.load(SUMS + column)[None, :]
     scale = 1 / tl.sqrt(variance + eps)
     y = products * scale[:, None] + tl.load(OFFSET + column)[None, :]
+    if HEAD > 0:
+        heads = tl.reshape(y, [BM, BN // HEAD, HEAD])
+        head_scale = 1 / tl.sqrt(tl.sum(heads * heads, 2) / HEAD + head_eps)
+        y = tl.reshape(heads * head_scale[:, :, None], [BM, BN]) * tl.load(GAIN + column)[None, :]
     out = OUT + i.to(tl.int64)[:, None] * R + j[None, :]
     tl.store(out, y.to(OUT.dtype.element_ty), mask=(i < N)[:, None] & (j < R)[None, :])

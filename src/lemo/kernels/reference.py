@@ -132,11 +132,27 @@ def first_look(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: floa
     return projected(hidden_ND, matrix_rD, offset_r, eps, centered).relu()
 
 
-def projected(hidden_ND: Tensor, matrix_rD: Tensor, offset_r: Tensor, eps: float, centered: bool) -> Tensor:
-    """What a matrix makes of each row after its norm, [N, r]; arguments as `first_look`'s."""
+def projected(
+    hidden_ND: Tensor,
+    matrix_rD: Tensor,
+    offset_r: Tensor,
+    eps: float,
+    centered: bool,
+    heads: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """What a matrix makes of each row after its norm, [N, r]; other arguments as `first_look`'s.
+
+    Args:
+        heads: gain [heads, d] and eps of an RMS norm that each head of d numbers goes through.
+    """
     x = hidden_ND - hidden_ND.mean(1, keepdim=True) if centered else hidden_ND
     x = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
-    return x @ matrix_rD.T + offset_r
+    y = x @ matrix_rD.T + offset_r
+    if heads is None:
+        return y
+    gain, head_eps = heads
+    y_NHd = y.unflatten(1, gain.shape)
+    return (y_NHd / (y_NHd.square().mean(-1, keepdim=True) + head_eps).sqrt() * gain).flatten(1)
 
 
 class PlainAttention:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lemo.types import NormWeights
 
 if TYPE_CHECKING:
-    from lemo.kernels.projection import FirstLook
+    from lemo.kernels.projection import FirstLook, HeadNorm
 
 
 class FirstLooks:
@@ -23,15 +23,19 @@ class FirstLooks:
 
     Args:
         affine: gives the matrix [r, D] and what is added to its products [r], both of normalised inputs, fp32.
+        heads: gives the norm of heads that the kernel is to do behind it, or None.
     """
 
-    def __init__(self, affine: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self._affine = affine
+    def __init__(
+        self, affine: Callable[[], tuple[Tensor, Tensor]], heads: Callable[[], HeadNorm | None] | None = None
+    ) -> None:
+        self._affine, self._heads = affine, heads
         self._held: tuple[tuple[Any, ...], list[Tensor], FirstLook] | None = None
+        self._held_heads: tuple[HeadNorm | None] | None = None
 
     def forget(self) -> None:
-        """The matrix has changed."""
-        self._held = None
+        """The matrix has changed, or the norm of heads."""
+        self._held = self._held_heads = None
 
     def of(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
         """For inputs before that norm. Made anew where the norm's weights have changed, and each time where they can
@@ -49,8 +53,11 @@ class FirstLooks:
     def _fold(self, dtype: torch.dtype, norm: NormWeights) -> FirstLook:
         from lemo.kernels.projection import FirstLook
 
+        # Waits for the device, which isn't to be each time where the branch's norm can train.
+        if self._held_heads is None:
+            self._held_heads = (None if self._heads is None else self._heads(),)
         first, offset = self._affine()
         matrix = (first * norm.weight.float()).to(dtype).contiguous()
         if norm.bias is not None:
             offset = offset + first @ norm.bias.float()
-        return FirstLook(matrix, offset, matrix.float().sum(1) if norm.centered else None, norm.eps)
+        return FirstLook(matrix, offset, matrix.float().sum(1) if norm.centered else None, norm.eps, *self._held_heads)

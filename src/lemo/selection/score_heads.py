@@ -14,15 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lemo.kernels.dispatch import projection_backend
+from lemo.kernels.dispatch import head_norm_backend, projection_backend
 from lemo.selection.first_looks import FirstLooks
 from lemo.selection.scores import attention_informativeness, block_pair_scores
 from lemo.types import NormWeights, SequenceLayout
+
+if TYPE_CHECKING:
+    from lemo.kernels.projection import HeadNorm
 
 # [N, m, d] -> [m, N, d], as the layer positions its own heads in these rows.
 Rotate = Callable[[Tensor], Tensor]
@@ -100,13 +104,13 @@ class ScoreHeads(nn.Module):
         self.query, self.key = query, key
         self.register_buffer("key_of", key_of)
         self._stacked: tuple[Tensor, Tensor] | None = None
-        self._looks = FirstLooks(self._affine)
+        self._looks = FirstLooks(self._affine, self._head_norm)
         # Whether equally many neighbours share each key, which needs no copies.
         m, g = self.count, key.matrix.shape[0]
         self._even = m % g == 0 and key_of.tolist() == [head // (m // g) for head in range(m)]
 
     def forget(self) -> None:
-        """Drops what was made from the matrices, which have changed."""
+        """Drops what was made from the matrices and gains, which have changed."""
         self._stacked = None
         self._looks.forget()
 
@@ -141,12 +145,12 @@ class ScoreHeads(nn.Module):
             x_ND: the branch's normalised input, of any number of documents.
             rotate: positions heads of these rows.
         """
-        return self._placed(F.linear(x_ND, *self._stack(x_ND.dtype)), rotate)
+        return self._placed(F.linear(x_ND, *self._stack(x_ND.dtype)), rotate, normed=False)
 
-    def _placed(self, projected: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
+    def _placed(self, projected: Tensor, rotate: Rotate, *, normed: bool) -> tuple[Tensor, Tensor]:
         m, g = self.count, self.key.matrix.shape[0]
         heads = projected.unflatten(-1, (m + g, -1))
-        if self.query.gain is not None:
+        if self.query.gain is not None and not normed:
             heads = torch.cat([self.query.normed(heads[:, :m]), self.key.normed(heads[:, m:])], 1)
         q, k = rotate(heads).split((m, g))
         return q, k if self._even else k[self.key_of]
@@ -212,7 +216,8 @@ class ScoreHeads(nn.Module):
             if projection_backend(hidden_ND, weights is not None) == "triton" and weights is not None:
                 from lemo.kernels.projection import projected
 
-                q, k = self._placed(projected(hidden_ND, self._looks.of(hidden_ND.dtype, weights)), rotate)
+                look = self._looks.of(hidden_ND.dtype, weights)
+                q, k = self._placed(projected(hidden_ND, look), rotate, normed=look.heads is not None)
             else:
                 q, k = self.positioned(hidden_ND if norm is None else norm(hidden_ND), rotate)
             found = [
@@ -227,6 +232,18 @@ class ScoreHeads(nn.Module):
         return torch.cat([side.matrix.flatten(0, 1) for side in sides]), torch.cat(
             [side.bias.flatten() for side in sides]
         )
+
+    def _head_norm(self) -> HeadNorm | None:
+        """The norm of all heads, if there is one that the kernel does."""
+        sides = self.query, self.key
+        gains = [side.gain.flatten() for side in sides if side.gain is not None]
+        eps = [float(side.eps) for side in sides if side.eps is not None]
+        size = self.query.matrix.shape[1]
+        if len(gains) < 2 or head_norm_backend(size, *eps) == "torch":
+            return None
+        from lemo.kernels.projection import HeadNorm
+
+        return HeadNorm(torch.cat(gains).float(), size, eps[0])
 
     def _stack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`_affine` in a dtype; made once where they don't train."""
