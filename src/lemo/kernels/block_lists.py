@@ -204,7 +204,7 @@ def spread(turned: KeyLists, grid: BlockGrid, tiles: RowTiles) -> KeyLists:
 
 
 def _order(start: Tensor, grid: BlockGrid, per_block: Integers) -> Tensor:
-    """`KeyLists.order`, by how many see each key block: those listed, and `per_block` for each query block of the range.
+    """`KeyLists.order`, by how many see each key block: those listed, and `per_block` for each query block of a range.
 
     With lists of their own heads go one after the other: programs that run together then read one head's queries, more
     of which lie in L2. But what far more see than most goes first, or it would run on alone at the end. Heads with
