@@ -44,16 +44,17 @@ def candidates(kernel: str, block: int) -> list[Launch]:
     for (lanes, warps), keys, stages in itertools.product(
         ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)), (64, 128), (1, 2, 3)
     ):
+        tma = (False, True) if stages > 1 else (False,)
         # Numbers a thread holds: scores and their gradients, and what a kernel adds up.
         scores = lanes * keys * (1 if kernel == "forward" else 2)
         sums = 2 * keys * D if kernel == "keys" else lanes * D
         if keys > block or scores + sums > 220 * 32 * warps:
             continue
         if kernel == "keys" and (warps == 4 or keys == 128):
-            found.append(Launch(lanes, keys, warps, stages))
+            found += [Launch(lanes, keys, warps, stages, copies) for copies in tma]
         # With fewer warps registers spill by hundreds of bytes.
         if kernel != "keys" and lanes == 16 * warps:
-            found.append(Launch(lanes, keys, warps, stages))
+            found += [Launch(lanes, keys, warps, stages, copies) for copies in tma]
     return found
 
 
@@ -136,7 +137,8 @@ def sweep(T: int) -> None:
 
 
 def shown(launch: Launch) -> str:
-    return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages"
+    copies = " tma" if launch.tma else ""
+    return f"{launch.lanes:3} lanes {launch.keys:3} keys {launch.warps} warps {launch.stages} stages{copies}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lemo.selection.layout import build_layout
 
 pytest.importorskip("triton")
 from lemo.kernels import block_sparse as kernels
+from lemo.kernels.launches import Launch, Launches
 
 BATCHES: dict[str, dict[str, Any]] = {
     "one": {"batch": 1, "length": 230},
@@ -184,6 +185,49 @@ def test_a_short_last_block_that_chose(choice: str, monkeypatch: pytest.MonkeyPa
         assert boosts is not None
         assert boosts.any()
     check(monkeypatch, "long", choice, block=32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "which", "d", "lies"),
+    [
+        ("padding", "all", 16, "well"),
+        ("packed", "all", 40, "well"),
+        ("packed", "scattered", 16, "well"),
+        ("packed", "all", 16, "between"),
+        ("packed", "all", 16, "apart"),
+    ],
+)
+def test_tiles_copied_by_the_hardware(
+    batch: str, which: str, d: int, lies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory begins between multiples of 16 bytes, or a row's numbers lie apart, threads load them."""
+    used: list[bool] = []
+
+    def launches(x: torch.Tensor, *_: Any) -> Launches:
+        return Launches(*[Launch(64, 64, 4, 2, tma=True)] * 3)
+
+    def descriptors(*given: Any) -> Any:
+        found = make(*given)
+        used.append(found is not None)
+        return found
+
+    def drawn(*given: Any) -> list[torch.Tensor]:
+        return [moved(x) for x in usual(*given)]
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        if lies == "well":
+            return x
+        wide = torch.empty(*x.shape[:2], 2 * x.shape[2], device=x.device, dtype=x.dtype)
+        part = wide[..., 1 : x.shape[2] + 1] if lies == "between" else wide[..., ::2]
+        return part.copy_(x)
+
+    make, usual = kernels._descriptors, draw
+    monkeypatch.setattr(kernels, "_descriptors", descriptors)
+    monkeypatch.setattr(kernels, "_launches", launches)
+    monkeypatch.setitem(globals(), "draw", drawn)
+    for choice in ("sampled", "window"):
+        check(monkeypatch, batch, choice, which, d=d, dtype=DTYPES[-1])
+    assert used == [lies == "well"] * 6
 
 
 def test_results_repeat_bit_by_bit() -> None:

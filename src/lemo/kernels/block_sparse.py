@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lemo.kernels.block_grid import RowTiles
 from lemo.kernels.block_lists import BlockLists
@@ -75,14 +76,16 @@ def block_sparse_forward(
     lse = new(H, N, device=q_HNd.device, dtype=torch.float32)
     launch = (launches or _launches(q_HNd, queries.lists)).forward
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
+    copied = _descriptors(launch, (constants["BN"], constants["BD"]), k_KMd, v_KMd)
     if len(tiles.block):
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
             forward[(len(tiles.block) * (H // K // constants["HEADS"]), K)](
-                q_HNd, k_KMd, v_KMd, out, lse, *_of_tiles(tiles), *_of_lists(queries.lists),
+                q_HNd, k_KMd, v_KMd, *(copied or (k_KMd, v_KMd)), out, lse,
+                *_of_tiles(tiles), *_of_lists(queries.lists),
                 scale * LOG2_E, N,
                 *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), out.stride(1), out.stride(0),
-                **constants,
+                **constants, TMA=copied is not None,
             )  # fmt: skip
     return out, lse
 
@@ -128,13 +131,15 @@ def query_gradient(
     pairs = new(H, N, 2, device=q_HNd.device, dtype=torch.float32)
     dq = new(q_HNd.shape, device=q_HNd.device, dtype=q_HNd.dtype)
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
+    copied = _descriptors(launch, (constants["BN"], constants["BD"]), k_KMd, v_KMd)
     if len(tiles.block):
         with torch.cuda.device_of(q_HNd):
             backward_queries[(len(tiles.block) * (H // K // constants["HEADS"]), K)](
-                q_HNd, k_KMd, v_KMd, out_NHd, grad_NHd, lse_HN, pairs, dq, *_of_tiles(tiles), *_of_lists(queries.lists),
+                q_HNd, k_KMd, v_KMd, *(copied or (k_KMd, v_KMd)), out_NHd, grad_NHd, lse_HN, pairs, dq,
+                *_of_tiles(tiles), *_of_lists(queries.lists),
                 scale * LOG2_E, scale, N,
                 *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dq.stride(),
-                **constants,
+                **constants, TMA=copied is not None,
             )  # fmt: skip
     return dq, pairs
 
@@ -161,18 +166,20 @@ def key_gradients(
         full = full and grid.longest % rows == 0 and not constants["CUT"]
     else:
         seen_by, first, end, chunks, full = lists.spread(tiles), tiles.first, tiles.end, 1, False
+    copied = _descriptors(launch, (constants["BM"], constants["BD"]), q_HNd, grad_NHd.transpose(0, 1))
     new = torch.zeros if grid.padded else torch.empty
     dk, dv = (new(x.shape, device=x.device, dtype=x.dtype) for x in (k_KMd, v_KMd))
     with torch.cuda.device_of(q_HNd):
         backward_keys[(K * blocks * constants["PARTS"],)](
-            q_HNd, k_KMd, v_KMd, grad_NHd, pairs_HN2.view(torch.int64), dk, dv, *_rows_of(tiles),
+            q_HNd, k_KMd, v_KMd, grad_NHd, *(copied or (q_HNd, grad_NHd)), pairs_HN2.view(torch.int64), dk, dv,
+            *_rows_of(tiles),
             tiles.range_first, tiles.range_full, tiles.range_end, first, end,
             seen_by.seers, _or(seen_by.boost, seen_by.seers), seen_by.start, _head_stride(seen_by.start),
             seen_by.order, grid.here.key_first, grid.here.key_end,
             scale * LOG2_E, scale, N, blocks, K * blocks // len(seen_by.order),
             *q_HNd.stride(), *k_KMd.stride(), *v_KMd.stride(), grad_NHd.stride(1), grad_NHd.stride(0), *dk.stride(),
             **constants,
-            CHUNKS=chunks, FULL=full,
+            CHUNKS=chunks, FULL=full, TMA=copied is not None,
         )  # fmt: skip
     return dk, dv
 
@@ -201,6 +208,20 @@ def _constants_and_tiles(q_HNd: Tensor, K: int, queries: Queries, launch: Launch
         "num_stages": launch.stages,
     }
     return constants, grid.tiles(queries.host_rows, lanes // heads)
+
+
+def _descriptors(launch: Launch, block: tuple[int, int], *tensors: Tensor) -> tuple[TensorDescriptor, ...] | None:
+    """By which the hardware copies whole tiles, [1, *block], of tensors [heads, rows, d]; None where `launch` asks for
+    no such copies, or memory doesn't lie as they want it."""
+    if not (launch.tma and all(map(_lies_well, tensors))):
+        return None
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, *block]) for x in tensors)
+
+
+def _lies_well(x: Tensor) -> bool:
+    sixteen = 16 // x.element_size()
+    strides_fit = x.stride(-1) == 1 and all(stride % sixteen == 0 for stride in x.stride()[:-1])
+    return strides_fit and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
 def _rows_of(tiles: RowTiles) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ all tiles, so that a loop adds one number: addresses by lane were two thirds of 
 other, keys of a run and queries of a range, are found by arithmetic: loads of later ones wait for no list.
 
 H query heads, K key/value heads, GROUP = H/K; D head size, BD that of tiles; a tile has BN keys, PARTS of them a key
-block; CUT: a sliding window cuts, and every tile needs a mask.
+block; CUT: a sliding window cuts, and every tile needs a mask; TMA: KD, VD, QD and DOD are descriptors, by which the
+hardware copies tiles that need no mask.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -57,6 +58,12 @@ def _load(P, offset, live, stride_d, D: tl.constexpr, BD: tl.constexpr, CHECKED:
 
 
 @triton.jit
+def _fetch(DESCRIPTOR, head, first, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Rows of one head that follow each other, all of which exist, by one copy of the hardware's."""
+    return tl.reshape(DESCRIPTOR.load([head.to(tl.int32), first.to(tl.int32), 0]), [ROWS, BD])
+
+
+@triton.jit
 def _store(P, x, offset, live, stride_d, D: tl.constexpr, BD: tl.constexpr):
     mask = live[:, None] & (tl.arange(0, BD) < D)[None, :]
     tl.store(_where(P, offset, stride_d, BD), x.to(P.dtype.element_ty), mask=mask)
@@ -82,28 +89,34 @@ def _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, k
 
 @triton.jit
 def _attend_keys(
-    q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, boost, m, l, acc,
+    q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, first, limit, scale_log2, boost, m, l, acc,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
-    k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+    if TMA and not MASKED:
+        k = _fetch(KD, kv, first, BN, BD)
+    else:
+        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     if WEIGHTED:
         s += boost
     if MASKED:
         s = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), s, float("-inf"))
-    v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+    if TMA and not MASKED:
+        v = _fetch(VD, kv, first, BN, BD)
+    else:
+        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
     return softmax_step(s, v, m, l, acc, PRECISION)
 
 
 @triton.jit
 def _attend_chosen(
-    q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, start, stop, limit, scale_log2, m, l, acc,
+    q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, ENTRIES, BOOST, start, stop, limit, scale_log2, m, l, acc,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     for place in range(start * PARTS, stop * PARTS):
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
@@ -111,36 +124,36 @@ def _attend_chosen(
         if WEIGHTED:
             boost = tl.load(BOOST + place // PARTS)
         m, l, acc = _attend_keys(
-            q, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, boost, m, l, acc,
-            skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, WEIGHTED,
+            q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, first, limit, scale_log2, boost, m, l, acc,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, WEIGHTED, TMA,
         )  # fmt: skip
     return m, l, acc
 
 
 @triton.jit
 def _attend_run(
-    q, Kh, Vh, POSITION, LOWEST, row, live, run, stop, limit, scale_log2, m, l, acc,
+    q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, run, stop, limit, scale_log2, m, l, acc,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    CUT: tl.constexpr,
+    CUT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keys that follow each other: where they lie is arithmetic, so that loads of later ones wait for none."""
     for step in range(0, stop - run, BN):
         m, l, acc = _attend_keys(
-            q, Kh, Vh, POSITION, LOWEST, row, live, run + step, limit, scale_log2, 0.0, m, l, acc,
-            skm, skd, svm, svd, D, BD, BN, PRECISION, MASKED, CUT, False,
+            q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, run + step, limit, scale_log2, 0.0, m, l, acc,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, MASKED, CUT, False, TMA,
         )  # fmt: skip
     return m, l, acc
 
 
 @triton.jit
 def forward(
-    Q, K, V, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END,
+    Q, K, V, KD, VD, O, LSE, POSITION, LOWEST, BLOCK, FIRST, END,
     ENTRIES, BOOST, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END,
     scale_log2, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # The last blocks see most: they go first. Those that read the same keys go together.
     place = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -155,16 +168,16 @@ def forward(
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     m, l, acc = _attend_chosen(
-        q, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, begin, end, limit, scale_log2, m, l, acc,
-        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
+        q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, ENTRIES, BOOST, begin, end, limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED, TMA,
     )  # fmt: skip
     m, l, acc = _attend_run(
-        q, Kh, Vh, POSITION, LOWEST, row, live, run, own, limit, scale_log2, m, l, acc,
-        skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
+        q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, run, own, limit, scale_log2, m, l, acc,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, TMA,
     )  # fmt: skip
     m, l, acc = _attend_run(
-        q, Kh, Vh, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first), limit,
-        scale_log2, m, l, acc, skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
+        q, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first), limit,
+        scale_log2, m, l, acc, skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT, TMA,
     )  # fmt: skip
     # Lanes past the end may have seen nothing.
     l = tl.where(live, l, 1.0)
@@ -181,14 +194,17 @@ def _past_last(POSITION, END, tile, first):
 
 @triton.jit
 def _query_keys(
-    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
+    q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, CUT: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
-    k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
-    v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+    if TMA and not MASKED:
+        k, v = _fetch(KD, kv, first, BN, BD), _fetch(VD, kv, first, BN, BD)
+    else:
+        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
     if MASKED:
         p = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), p, 0.0)
@@ -197,10 +213,11 @@ def _query_keys(
 
 @triton.jit
 def _query_chosen(
-    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, start, stop, limit, scale_log2, dq,
+    q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, ENTRIES, BOOST, start, stop, limit,
+    scale_log2, dq,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     for place in range(start * PARTS, stop * PARTS):
         first = (tl.load(ENTRIES + place // PARTS) + place % PARTS * BN).to(tl.int32)
@@ -208,35 +225,35 @@ def _query_chosen(
         if WEIGHTED:
             lse_here = lse - tl.load(BOOST + place // PARTS)
         dq = _query_keys(
-            q, do, lse_here, delta, Kh, Vh, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
-            skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
+            q, do, lse_here, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, first, limit, scale_log2, dq,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, TMA,
         )  # fmt: skip
     return dq
 
 
 @triton.jit
 def _query_run(
-    q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run, stop, limit, scale_log2, dq,
+    q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, run, stop, limit, scale_log2, dq,
     skm, skd, svm, svd,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    CUT: tl.constexpr,
+    CUT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     for step in range(0, stop - run, BN):
         dq = _query_keys(
-            q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run + step, limit, scale_log2, dq,
-            skm, skd, svm, svd, D, BD, BN, PRECISION, MASKED, CUT,
+            q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, run + step, limit, scale_log2, dq,
+            skm, skd, svm, svd, D, BD, BN, PRECISION, MASKED, CUT, TMA,
         )  # fmt: skip
     return dq
 
 
 @triton.jit
 def backward_queries(
-    Q, K, V, O, DO, LSE, PAIRS, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
+    Q, K, V, KD, VD, O, DO, LSE, PAIRS, DQ, POSITION, LOWEST, BLOCK, FIRST, END,
     ENTRIES, BOOST, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END,
     scale_log2, scale, N,
     sqh, sqn, sqd, skh, skm, skd, svh, svm, svd, soh, son, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     place = tl.num_programs(0) - 1 - tl.program_id(0)
     tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
@@ -257,33 +274,36 @@ def backward_queries(
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     dq = tl.zeros([BM, BD], tl.float32)
     dq = _query_chosen(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, ENTRIES, BOOST, begin, end, limit,
-        scale_log2, dq, skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED,
+        q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, ENTRIES, BOOST, begin, end, limit,
+        scale_log2, dq, skm, skd, svm, svd, D, BD, BN, PARTS, PRECISION, CUT, WEIGHTED, TMA,
     )  # fmt: skip
     dq = _query_run(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, run, own, limit, scale_log2, dq,
-        skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT,
+        q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, run, own, limit, scale_log2, dq,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, CUT, CUT, TMA,
     )  # fmt: skip
     dq = _query_run(
-        q, do, lse, delta, Kh, Vh, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first),
+        q, do, lse, delta, Kh, Vh, KD, VD, kv, POSITION, LOWEST, row, live, own, _past_last(POSITION, END, tile, first),
         limit, scale_log2, dq,
-        skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT,
+        skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT, TMA,
     )  # fmt: skip
     _store(DQ + h * sgh + first * sgn, dq * scale, _offsets(row, head, sgn, sgh, HEADS), live, sgd, D, BD)
 
 
 @triton.jit
 def _key_gradient(
-    k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, first, end, h, boost, N, scale_log2, dk, dv,
+    k, v, keys, Q, DO, QD, DOD, PAIRS, POSITION, LOWEST, first, end, h, boost, N, scale_log2, dk, dv,
     sqh, sqn, sqd, soh, son,
     HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-    CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    CHECKED: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries from `first` on, those before `end`, which is looked at where `CHECKED`."""
     h, first = h.to(tl.int64), first.to(tl.int64)
     row, head, live = _lanes(end - first, HEADS, BM)
-    q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
-    do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
+    if TMA and HEADS == 1 and not CHECKED:
+        q, do = _fetch(QD, h, first, BM, BD), _fetch(DOD, h, first, BM, BD)
+    else:
+        q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
+        do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
     # Two numbers a lane lie side by side: half the copies, which are a lane's each.
     place_pair = _offsets(row, head, 1, N, HEADS)
     if CHECKED:
@@ -302,13 +322,13 @@ def _key_gradient(
 
 @triton.jit
 def backward_keys(
-    Q, K, V, DO, PAIRS, DK, DV, POSITION, LOWEST, RANGE_FIRST, RANGE_FULL, RANGE_END,
+    Q, K, V, DO, QD, DOD, PAIRS, DK, DV, POSITION, LOWEST, RANGE_FIRST, RANGE_FULL, RANGE_END,
     FIRST, END, SEERS, BOOST, START, start_h, ORDER, KEY_FIRST, KEY_END,
     scale_log2, scale, N, blocks, sharing,
     sqh, sqn: tl.constexpr, sqd, skh, skm, skd, svh, svm, svd, soh, son: tl.constexpr, sgh, sgn, sgd,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
-    CUT: tl.constexpr, WEIGHTED: tl.constexpr,
+    CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Strides of rows are constants: a tile's addresses differ by constants then, and registers don't spill for them.
     SPLIT: tl.constexpr = GROUP // HEADS
@@ -350,15 +370,17 @@ def backward_keys(
             at = tl.where(ranged, at, last_first + (tile - masked) * ROWS)
             stop, boost = tl.where(ranged, end, last_end), tl.where(ranged, 0.0, last_boost)
         dk, dv = _key_gradient(
-            k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
-            dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED and FULL,
+            k, v, keys, Q, DO, QD, DOD, PAIRS, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N,
+            scale_log2,
+            dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, True, True, CUT, WEIGHTED and FULL, TMA,
         )  # fmt: skip
     if not CUT:
         for place in range(full * SPLIT):
             at = first + (own + place // SPLIT) * ROWS
             dk, dv = _key_gradient(
-                k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, at, end, h + place % SPLIT * HEADS, 0.0, N, scale_log2,
-                dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, BM % HEADS > 0, False, False, False,
+                k, v, keys, Q, DO, QD, DOD, PAIRS, POSITION, LOWEST, at, end, h + place % SPLIT * HEADS, 0.0, N,
+                scale_log2,
+                dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, BM % HEADS > 0, False, False, False, TMA,
             )  # fmt: skip
     for place in range(listed * (CHUNKS * SPLIT)):
         seer = tl.load(SEERS + place // (CHUNKS * SPLIT))
@@ -372,8 +394,9 @@ def backward_keys(
         if WEIGHTED:
             boost = tl.load(BOOST + place // (CHUNKS * SPLIT))
         dk, dv = _key_gradient(
-            k, v, keys, Q, DO, PAIRS, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N, scale_log2,
-            dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, not FULL, CUT, CUT, WEIGHTED,
+            k, v, keys, Q, DO, QD, DOD, PAIRS, POSITION, LOWEST, at, stop, h + place % SPLIT * HEADS, boost, N,
+            scale_log2,
+            dk, dv, sqh, sqn, sqd, soh, son, HEADS, D, BD, BM, PRECISION, not FULL, CUT, CUT, WEIGHTED, TMA,
         )  # fmt: skip
     store_tile(DK + kv * sgh, dk * scale, keys, limit, sgn, sgd, D, BD)
     store_tile(DV + kv * sgh, dv, keys, limit, sgn, sgd, D, BD)

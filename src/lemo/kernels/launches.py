@@ -18,12 +18,14 @@ class Launch:
         keys: most keys of a tile, a power of two; a key block of fewer is a tile.
         warps: of a program.
         stages: tiles in flight, 1 for none beside the one at work.
+        tma: whether the hardware copies whole tiles (Hopper's TMA), which takes addresses out of threads' registers.
     """
 
     lanes: int
     keys: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ _TIGHT = Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 
 _SMALL = Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2))
 # By key block, up to 64 and 128: `benchmarks.sweep_attend` on an H100.
 _HOPPER = {
-    64: Launches(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+    64: Launches(*[Launch(64, 64, 4, 2, tma=True)] * 3),
     128: Launches(Launch(128, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 128, 8, 2)),
 }
 
