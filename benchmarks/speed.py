@@ -17,6 +17,7 @@ STEPS = {
     "qwen": "step-qwen3-8b",
     "qwen128": "step-qwen3-8b-128k",
     "attend": "step-attend",
+    "attend-now": "step-attend-tma",
     "attend-sft": "step-attend-sft",
     "trl": "step-trl",
     "parts": "step-parts",
