@@ -16,66 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lemo.kernels.lanes import fetch_tile, lanes_of, load_keys, load_lanes, offsets_of, sees, store_lanes
 from lemo.kernels.tiles import key_step, load_tile, query_step, softmax_step, store_tile
-
-
-@triton.jit
-def _lanes(queries, HEADS: tl.constexpr, BM: tl.constexpr):
-    """Row after the tile's first and head of each lane, and whether it is one of the queries from there on."""
-    lane = tl.arange(0, BM)
-    row = lane // HEADS
-    live = row < queries
-    if BM % HEADS:
-        live = live & (row < BM // HEADS)
-    return row, lane % HEADS, live
-
-
-@triton.jit
-def _offsets(row, head, stride_row, stride_head, HEADS: tl.constexpr):
-    """Of lanes, from the tile's first row and head; rows lie within 2³¹ of each other, heads anywhere."""
-    offset = row * stride_row
-    if HEADS > 1:
-        offset = offset + head.to(tl.int64) * stride_head
-    return offset
-
-
-@triton.jit
-def _where(P, offset, stride_d, BD: tl.constexpr):
-    return P + (offset[:, None] + tl.arange(0, BD)[None, :] * stride_d)
-
-
-@triton.jit
-def _load(P, offset, live, stride_d, D: tl.constexpr, BD: tl.constexpr, CHECKED: tl.constexpr):
-    """A tile of rows at these offsets; without the check all of them exist."""
-    where = _where(P, offset, stride_d, BD)
-    if CHECKED:
-        x = tl.load(where, mask=live[:, None] & (tl.arange(0, BD) < D)[None, :], other=0.0)
-    elif D < BD:
-        x = tl.load(where, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
-    else:
-        x = tl.load(where)
-    return x
-
-
-@triton.jit
-def _fetch(DESCRIPTOR, head, first, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Rows of one head that follow each other, all of which exist, by one copy of the hardware's."""
-    return tl.reshape(DESCRIPTOR.load([head.to(tl.int32), first.to(tl.int32), 0]), [ROWS, BD])
-
-
-@triton.jit
-def _store(P, x, offset, live, stride_d, D: tl.constexpr, BD: tl.constexpr):
-    mask = live[:, None] & (tl.arange(0, BD) < D)[None, :]
-    tl.store(_where(P, offset, stride_d, BD), x.to(P.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sees(POSITION, LOWEST, row, live, keys, CUT: tl.constexpr):
-    """Lanes by keys; lanes that are no queries see nothing."""
-    sees = keys[None, :] <= tl.load(POSITION + row, mask=live, other=-1)[:, None]
-    if CUT:
-        sees = sees & (keys[None, :] >= tl.load(LOWEST + row, mask=live, other=0)[:, None])
-    return sees
 
 
 @triton.jit
@@ -95,19 +37,13 @@ def _attend_keys(
     MASKED: tl.constexpr, CUT: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
-    if TMA and not MASKED:
-        k = _fetch(KD, kv, first, BN, BD)
-    else:
-        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
+    k = load_keys(Kh, KD, kv, first, limit, skm, skd, D, BD, BN, MASKED, TMA)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     if WEIGHTED:
         s += boost
     if MASKED:
-        s = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), s, float("-inf"))
-    if TMA and not MASKED:
-        v = _fetch(VD, kv, first, BN, BD)
-    else:
-        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+        s = tl.where(sees(POSITION, LOWEST, row, live, first + n, CUT), s, float("-inf"))
+    v = load_keys(Vh, VD, kv, first, limit, svm, svd, D, BD, BN, MASKED, TMA)
     return softmax_step(s, v, m, l, acc, PRECISION)
 
 
@@ -160,9 +96,9 @@ def forward(
     tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
-    row, head, live = _lanes(tl.load(END + tile) - first, HEADS, BM)
+    row, head, live = lanes_of(tl.load(END + tile) - first, HEADS, BM)
     begin, end, run, own, limit = _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv)
-    q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
+    q = load_lanes(Q + h * sqh + first * sqn, offsets_of(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
     Kh, Vh, POSITION, LOWEST = K + kv * skh, V + kv * svh, POSITION + first, LOWEST + first
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -181,9 +117,9 @@ def forward(
     )  # fmt: skip
     # Lanes past the end may have seen nothing.
     l = tl.where(live, l, 1.0)
-    _store(O + h * soh + first * son, acc / l[:, None], _offsets(row, head, son, soh, HEADS), live, 1, D, BD)
+    store_lanes(O + h * soh + first * son, acc / l[:, None], offsets_of(row, head, son, soh, HEADS), live, 1, D, BD)
     lse = tl.where(live, m, 0.0) + tl.log2(l)
-    tl.store(LSE + h * N + first + _offsets(row, head, 1, N, HEADS), lse, mask=live)
+    tl.store(LSE + h * N + first + offsets_of(row, head, 1, N, HEADS), lse, mask=live)
 
 
 @triton.jit
@@ -200,14 +136,11 @@ def _query_keys(
     MASKED: tl.constexpr, CUT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
-    if TMA and not MASKED:
-        k, v = _fetch(KD, kv, first, BN, BD), _fetch(VD, kv, first, BN, BD)
-    else:
-        k = _load(Kh + first.to(tl.int64) * skm, n * skm, n < limit - first, skd, D, BD, MASKED)
-        v = _load(Vh + first.to(tl.int64) * svm, n * svm, n < limit - first, svd, D, BD, MASKED)
+    k = load_keys(Kh, KD, kv, first, limit, skm, skd, D, BD, BN, MASKED, TMA)
+    v = load_keys(Vh, VD, kv, first, limit, svm, svd, D, BD, BN, MASKED, TMA)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
     if MASKED:
-        p = tl.where(_sees(POSITION, LOWEST, row, live, first + n, CUT), p, 0.0)
+        p = tl.where(sees(POSITION, LOWEST, row, live, first + n, CUT), p, 0.0)
     return query_step(p, do, delta, k, v, dq, PRECISION)
 
 
@@ -259,14 +192,14 @@ def backward_queries(
     tile, kv = place // (GROUP // HEADS), tl.program_id(1).to(tl.int64)
     h = kv * GROUP + place % (GROUP // HEADS) * HEADS
     first = tl.load(FIRST + tile).to(tl.int64)
-    row, head, live = _lanes(tl.load(END + tile) - first, HEADS, BM)
+    row, head, live = lanes_of(tl.load(END + tile) - first, HEADS, BM)
     begin, end, run, own, limit = _list_of(BLOCK, tile, START, start_h, CHOSEN, RUN, QUERY_FIRST, QUERY_END, kv)
-    q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
-    given, place_given = h * soh + first * son, _offsets(row, head, son, soh, HEADS)
-    do = _load(DO + given, place_given, live, 1, D, BD, True)
-    out = _load(O + given, place_given, live, 1, D, BD, True)
+    q = load_lanes(Q + h * sqh + first * sqn, offsets_of(row, head, sqn, sqh, HEADS), live, sqd, D, BD, True)
+    given, place_given = h * soh + first * son, offsets_of(row, head, son, soh, HEADS)
+    do = load_lanes(DO + given, place_given, live, 1, D, BD, True)
+    out = load_lanes(O + given, place_given, live, 1, D, BD, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    place_lse = _offsets(row, head, 1, N, HEADS)
+    place_lse = offsets_of(row, head, 1, N, HEADS)
     lse = tl.load(LSE + h * N + first + place_lse, mask=live, other=0.0)
     PAIRS += 2 * (h * N + first)
     tl.store(PAIRS + 2 * place_lse, lse, mask=live)
@@ -286,7 +219,7 @@ def backward_queries(
         limit, scale_log2, dq,
         skm, skd, svm, svd, D, BD, BN, PRECISION, True, CUT, TMA,
     )  # fmt: skip
-    _store(DQ + h * sgh + first * sgn, dq * scale, _offsets(row, head, sgn, sgh, HEADS), live, sgd, D, BD)
+    store_lanes(DQ + h * sgh + first * sgn, dq * scale, offsets_of(row, head, sgn, sgh, HEADS), live, sgd, D, BD)
 
 
 @triton.jit
@@ -298,14 +231,14 @@ def _key_gradient(
 ):  # fmt: skip
     """A tile of queries from `first` on, those before `end`, which is looked at where `CHECKED`."""
     h, first = h.to(tl.int64), first.to(tl.int64)
-    row, head, live = _lanes(end - first, HEADS, BM)
+    row, head, live = lanes_of(end - first, HEADS, BM)
     if TMA and HEADS == 1 and not CHECKED:
-        q, do = _fetch(QD, h, first, BM, BD), _fetch(DOD, h, first, BM, BD)
+        q, do = fetch_tile(QD, h, first, BM, BD), fetch_tile(DOD, h, first, BM, BD)
     else:
-        q = _load(Q + h * sqh + first * sqn, _offsets(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
-        do = _load(DO + h * soh + first * son, _offsets(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
+        q = load_lanes(Q + h * sqh + first * sqn, offsets_of(row, head, sqn, sqh, HEADS), live, sqd, D, BD, CHECKED)
+        do = load_lanes(DO + h * soh + first * son, offsets_of(row, head, son, soh, HEADS), live, 1, D, BD, CHECKED)
     # Two numbers a lane lie side by side: half the copies, which are a lane's each.
-    place_pair = _offsets(row, head, 1, N, HEADS)
+    place_pair = offsets_of(row, head, 1, N, HEADS)
     if CHECKED:
         pair = tl.load(PAIRS + h * N + first + place_pair, mask=live, other=0)
     else:
@@ -316,7 +249,7 @@ def _key_gradient(
         lse -= boost
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
     if MASKED:
-        p = tl.where(tl.trans(_sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
+        p = tl.where(tl.trans(sees(POSITION + first, LOWEST + first, row, live, keys, CUT)), p, 0.0)
     return key_step(p, q, do, delta, v, dk, dv, PRECISION)
 
 
