@@ -188,19 +188,20 @@ def test_a_short_last_block_that_chose(choice: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("batch", "which", "d", "lies"),
+    ("batch", "which", "d", "block", "lies"),
     [
-        ("padding", "all", 16, "well"),
-        ("packed", "all", 40, "well"),
-        ("packed", "scattered", 16, "well"),
-        ("packed", "all", 16, "between"),
-        ("packed", "all", 16, "apart"),
+        ("padding", "all", 16, 16, "well"),
+        ("packed", "all", 40, 32, "well"),
+        ("packed", "scattered", 16, 16, "well"),
+        ("packed", "all", 16, 16, "between"),
+        ("packed", "all", 16, 16, "apart"),
+        ("packed", "all", 20, 16, "at odds"),
     ],
 )
 def test_tiles_copied_by_the_hardware(
-    batch: str, which: str, d: int, lies: str, monkeypatch: pytest.MonkeyPatch
+    batch: str, which: str, d: int, block: int, lies: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where memory begins between multiples of 16 bytes, or a row's numbers lie apart, threads load them."""
+    """Where memory begins between multiples of 16 bytes, a row's numbers lie apart, or rows begin so, threads load."""
     used: list[bool] = []
 
     def launches(x: torch.Tensor, *_: Any) -> Launches:
@@ -215,7 +216,7 @@ def test_tiles_copied_by_the_hardware(
         return [moved(x) for x in usual(*given)]
 
     def moved(x: torch.Tensor) -> torch.Tensor:
-        if lies == "well":
+        if lies in ("well", "at odds"):
             return x
         wide = torch.empty(*x.shape[:2], 2 * x.shape[2], device=x.device, dtype=x.dtype)
         part = wide[..., 1 : x.shape[2] + 1] if lies == "between" else wide[..., ::2]
@@ -226,8 +227,10 @@ def test_tiles_copied_by_the_hardware(
     monkeypatch.setattr(kernels, "_launches", launches)
     monkeypatch.setitem(globals(), "draw", drawn)
     for choice in ("sampled", "window"):
-        check(monkeypatch, batch, choice, which, d=d, dtype=DTYPES[-1])
-    assert used == [lies == "well"] * 6
+        check(monkeypatch, batch, choice, which, d=d, dtype=DTYPES[-1], block=block)
+    # A block's rows fill tiles of one head with blocks of 32: those are copied for the gradient of keys.
+    well = lies == "well"
+    assert used == [well, well, well and block == 32] * 2
 
 
 def test_results_repeat_bit_by_bit() -> None:
