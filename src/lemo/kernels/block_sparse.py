@@ -76,7 +76,7 @@ def block_sparse_forward(
     lse = new(H, N, device=q_HNd.device, dtype=torch.float32)
     launch = (launches or _launches(q_HNd, queries.lists)).forward
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
-    copied = _descriptors(launch.tma and not constants["CUT"], (constants["BN"], constants["BD"]), k_KMd, v_KMd)
+    copied = _descriptors(launch, (constants["BN"], constants["BD"]), k_KMd, v_KMd)
     if len(tiles.block):
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(q_HNd):
@@ -131,7 +131,7 @@ def query_gradient(
     pairs = new(H, N, 2, device=q_HNd.device, dtype=torch.float32)
     dq = new(q_HNd.shape, device=q_HNd.device, dtype=q_HNd.dtype)
     constants, tiles = _constants_and_tiles(q_HNd, K, queries, launch)
-    copied = _descriptors(launch.tma and not constants["CUT"], (constants["BN"], constants["BD"]), k_KMd, v_KMd)
+    copied = _descriptors(launch, (constants["BN"], constants["BD"]), k_KMd, v_KMd)
     if len(tiles.block):
         with torch.cuda.device_of(q_HNd):
             backward_queries[(len(tiles.block) * (H // K // constants["HEADS"]), K)](
@@ -166,8 +166,7 @@ def key_gradients(
         full = full and grid.longest % rows == 0 and not constants["CUT"]
     else:
         seen_by, first, end, chunks, full = lists.spread(tiles), tiles.first, tiles.end, 1, False
-    tma = launch.tma and not constants["CUT"] and constants["HEADS"] == 1
-    copied = _descriptors(tma, (constants["BM"], constants["BD"]), q_HNd, grad_NHd.transpose(0, 1))
+    copied = _descriptors(launch, (constants["BM"], constants["BD"]), q_HNd, grad_NHd.transpose(0, 1))
     new = torch.zeros if grid.padded else torch.empty
     dk, dv = (new(x.shape, device=x.device, dtype=x.dtype) for x in (k_KMd, v_KMd))
     with torch.cuda.device_of(q_HNd):
@@ -211,10 +210,10 @@ def _constants_and_tiles(q_HNd: Tensor, K: int, queries: Queries, launch: Launch
     return constants, grid.tiles(queries.host_rows, lanes // heads)
 
 
-def _descriptors(tma: bool, block: tuple[int, int], *tensors: Tensor) -> tuple[TensorDescriptor, ...] | None:
-    """By which the hardware copies whole tiles, [1, *block], of tensors [heads, rows, d]; None where no such copies are
-    wanted, or memory doesn't lie as they want it."""
-    if not (tma and all(map(_lies_well, tensors))):
+def _descriptors(launch: Launch, block: tuple[int, int], *tensors: Tensor) -> tuple[TensorDescriptor, ...] | None:
+    """By which the hardware copies whole tiles, [1, *block], of tensors [heads, rows, d]; None where `launch` asks for
+    no such copies, or memory doesn't lie as they want it."""
+    if not (launch.tma and all(map(_lies_well, tensors))):
         return None
     return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), [1, *block]) for x in tensors)
 

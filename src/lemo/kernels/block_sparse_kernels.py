@@ -1,7 +1,7 @@
 """The Triton kernels of block-sparse attention, which `lemo.kernels.block_sparse` explains and starts.
 
-A tile has `BM` lanes. Lane i is head i % HEADS of row i // HEADS: of all rows, one head's lie side by side; where few
-of a block are kept, the heads that share a key head fill the tile. Where lanes lie from a tile's first is the same for
+Tiles of queries go by lanes (`lemo.kernels.lanes`): of all rows, one head's lie side by side; where few of a block are
+kept, the heads that share a key head fill the tile. Where lanes lie from a tile's first is the same for
 all tiles, so that a loop adds one number: addresses by lane were two thirds of its instructions. Tiles that follow each
 other, keys of a run and queries of a range, are found by arithmetic: loads of later ones wait for no list.
 
