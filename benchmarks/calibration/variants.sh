@@ -28,6 +28,9 @@ made default-0.75
     done
   done
   for keep in 0.9 0.5; do echo "made default-$keep --set reuse=$PLACE/default-0.75 --set keep=$keep"; done
+  # The default's average with fewer dense passes and with more, so that the others keep 0.667 and 0.375.
+  for dense in 0.25 0.6; do echo "made default-0.75-dense-$dense --set reuse=$PLACE/default-0.75 --set dense_share=$dense"; done
+  echo "made default-0.75-algorithm1 --set reuse=$PLACE/default-0.75 --set allocation=algorithm1"
 } | side_by_side
 for keep in 0.75 0.5; do
   echo "made both-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0"
