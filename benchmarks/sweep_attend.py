@@ -60,7 +60,7 @@ def candidates(kernel: str, block: int) -> list[Launch]:
 
 def runs(T: int, block: int, kept: bool) -> tuple[dict[str, Run], float]:
     """Each kernel by a launch, on the same numbers; and what share of causal attention is computed."""
-    s = setting(T, DENSITIES[0], block)
+    s = setting(T, DENSITIES[0], block, "pooled")
     rows = torch.arange(0, T, KEPT_EVERY) if kept else None
     queries = Queries(choose_blocks(s.attend, s.q, s.k, SCALE), rows)
     q, k, v = s.q if rows is None else s.q[:, rows.to(DEVICE)].transpose(0, 1).contiguous().transpose(0, 1), s.k, s.v

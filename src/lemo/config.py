@@ -137,15 +137,18 @@ class SparsityConfig(Frozen):
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,
             its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do.
-        dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense, drawn at
-            random; they count in the average keep and density. Default: what the calibration was made for, or 0.
+        dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense; they count in
+            the average keep and density. They are the run's first (docs/decisions/0010), or drawn at random where
+            nothing tells how far the run is: a Trainer of your own needs the callback
+            `lemo.training.SparsityCallback`. Default: what the calibration was made for, or 0.
         train_bypass: `forward`: the bypasses train with the adapter, at its learning rate. The dense model has no use
-            for them, and they aren't part of the adapter: a Trainer of your own needs the callback
-            `lemo.training.BypassCheckpoints` to resume. Default: where a calibration has some.
+            for them, and they aren't part of the adapter: a Trainer of your own needs the callback to resume. Default:
+            where a calibration has some.
         score: `forward`: what attention's blocks are chosen by: `paper` (equations 1-2; sums over later queries, so
             selection looks ahead), `mass` (the softmax mass that later queries give; looks ahead too, and costs twice
             as much to compute) or `causal` (the paper's, but a block's fate is decided by earlier blocks only;
-            thresholds only). MLP blocks are chosen by their activity, with `causal` by their predecessor's.
+            thresholds only). MLP blocks are chosen by their activity, with `causal` by their predecessor's. Default:
+            what the calibration was made for, or `paper`.
         tile_mib: byte budget (MiB) of one row tile of the MLP's forward in `backward` mode; 0 turns tiling off,
             which makes hidden states bitwise those of the unmodified model.
         attend: queries see some blocks of keys only, while training; None: all. In `forward`, kept tokens see some
@@ -167,7 +170,7 @@ class SparsityConfig(Frozen):
     calibration: str | None = None
     dense_share: float | None = Field(default=None, ge=0.0, lt=1.0)
     train_bypass: bool | None = None
-    score: Score = "paper"
+    score: Score | None = None
     tile_mib: float = Field(default=256.0, ge=0.0)
     attend: Attend | None = None
 

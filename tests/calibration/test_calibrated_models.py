@@ -19,6 +19,7 @@ from lemo.errors import UserError
 from lemo.models import get_runtime, sparse_evaluation
 from lemo.models.calibration import FACTS_FILE, TENSORS_FILE, read_calibration
 from lemo.training import finetune
+from lemo.training.metrics import MetricsLog
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,6 +44,9 @@ def test_finetune_takes_it_up(family: str, place: Any, tmp_path: Path) -> None:
     )
     summary = finetune(settings)
     assert summary.keep_mean == pytest.approx(0.75, abs=0.08)
+    keeps = [line["keep_mean"] for line in MetricsLog(tmp_path / "run").read()]
+    assert keeps[:4] == [1.0] * 4
+    assert all(keep < 0.8 for keep in keeps[4:])
     assert summary.loss_after < summary.loss_before
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -189,6 +193,13 @@ def test_what_doesnt_fit_is_refused(place: Any, tmp_path: Path) -> None:
     refused(place, good, "calibrated in float32, this model is in bfloat16", model=load(place, dtype=torch.bfloat16))
     refused(place, good, "block_size is 64", block_size=64)
     refused(place, good, "score is causal", score="causal")
+    causal = tmp_path / "causal"
+    shutil.copytree(good, causal)
+    _edit(causal, score="causal")
+    refused(place, causal, r"need thresholds: a keep \(top-k\) looks ahead", keep=0.5)
+    runtime = get_runtime(lemo.sparsify(load(place), lemo.SparsityConfig(mode="forward", calibration=str(causal))))
+    assert runtime is not None
+    assert runtime.config.score == "causal"
     refused(place, tmp_path / "nowhere", "holds no calibration.json")
     for name, damage in {
         "format": lambda d: _edit(d, format=99),

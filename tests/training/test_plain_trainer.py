@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lemo
 from lemo.config import Attend, Segments, SparsityConfig
 from lemo.errors import UserError
 from lemo.models import runtime
-from lemo.training import BypassCheckpoints
+from lemo.training import SparsityCallback
 from tiny import VOCAB, build
 
 SETTINGS = {
@@ -78,7 +78,7 @@ def test_bypasses_that_train_resume_with_the_callback(
     """A PEFT checkpoint leaves them out."""
 
     def run(folder: str, *, resume: bool = False) -> dict[str, Tensor]:
-        return train_model(bypassed(wraps=wraps), tmp_path / folder, resume=resume, callbacks=[BypassCheckpoints()])
+        return train_model(bypassed(wraps=wraps), tmp_path / folder, resume=resume, callbacks=[SparsityCallback()])
 
     whole = run("whole")
     assert sum("lemo_bypasses" in name for name in whole) == 18
@@ -88,10 +88,10 @@ def test_bypasses_that_train_resume_with_the_callback(
     assert not caplog.records
     for damage in (lambda: file.write_bytes(file.read_bytes()[:100]), file.unlink):
         damage()
-        with pytest.raises(UserError, match=r"checkpoint-7/lemo_bypasses.* written with lemo\.training\.BypassC"):
+        with pytest.raises(UserError, match=r"checkpoint-7/lemo_bypasses.* written with lemo\.training\.SparsityC"):
             run("parts", resume=True)
     train_model(bypassed(wraps=True), tmp_path / "without", resume=False)
-    assert [record.getMessage() for record in caplog.records if "BypassCheckpoints" in record.getMessage()]
+    assert [record.getMessage() for record in caplog.records if "SparsityCallback" in record.getMessage()]
     assert len(caplog.records) == 1
 
 
@@ -104,6 +104,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> No
     whole = train(tmp_path / "whole", SETTINGS[name])
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parts/checkpoint-3")
     assert same(train(tmp_path / "parts", SETTINGS[name], resume=True), whole)
+
+
+class Work(TrainerCallback):
+    """What each step kept, or its queries saw."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        found = lemo.models.get_runtime(model)
+        assert found is not None
+        stats = found.collect()
+        self.found.append(stats.keep_mean if stats.density is None else stats.density)
+
+
+@pytest.mark.parametrize("name", ["forward", "attend"])
+def test_the_first_passes_run_dense_where_the_trainer_tells(name: str, tmp_path: Path) -> None:
+    """Four of seven steps with a share of a half, also where a checkpoint goes on among them."""
+    settings = SETTINGS[name].model_copy(update={"dense_share": 0.5})
+
+    def work(folder: str, *, resume: bool = False) -> list[float]:
+        seen = Work()
+        model = lemo.sparsify(build("llama", lora=True), settings)
+        train_model(model, tmp_path / folder, resume=resume, callbacks=[SparsityCallback(), seen])
+        assert lemo.models.get_runtime(model).progress is None
+        return seen.found
+
+    whole = work("whole")
+    assert whole[:4] == [1.0] * 4
+    assert all(value < 0.8 for value in whole[4:])
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parts/checkpoint-3")
+    assert work("parts", resume=True) == whole[3:]
 
 
 def test_draws_follow_the_users_seed(tmp_path: Path) -> None:

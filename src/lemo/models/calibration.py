@@ -207,10 +207,11 @@ def bypasses_of(tensors: Mapping[str, Tensor]) -> dict[Key, Bypass]:
 
 
 def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
-    """The configuration with a calibration's block size and, unless it says what to keep, thresholds and dense share.
+    """The configuration with a calibration's block size, score and, unless it says what to keep, thresholds and dense
+    share.
 
     Raises:
-        ValueError: it asks for another block size or score than was calibrated.
+        ValueError: it asks for another block size or score than was calibrated, or for a keep with causal scores.
     """
     facts = calibration.facts
     if config.block_size not in (None, facts.block_size):
@@ -218,12 +219,17 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
             f"sparsity.block_size is {config.block_size}, but {config.calibration} was calibrated for blocks of "
             f"{facts.block_size}; leave block_size out, or calibrate again"
         )
-    if config.score != facts.score:
+    if config.score not in (None, facts.score):
         raise ValueError(
             f"sparsity.score is {config.score}, but {config.calibration} was calibrated for {facts.score}; set "
             f"sparsity.score={facts.score}, or calibrate again"
         )
-    changes: dict[str, Any] = {"block_size": facts.block_size}
+    if facts.score == "causal" and any(b and b.keep for b in (config.attention_selection, config.mlp_selection)):
+        raise ValueError(
+            f"{config.calibration} was calibrated for causal scores, which need thresholds: a keep (top-k) looks ahead "
+            "by itself; leave keep out, or calibrate again for this keep"
+        )
+    changes: dict[str, Any] = {"block_size": facts.block_size, "score": facts.score}
     if config.train_bypass is None:
         changes["train_bypass"] = bool(calibration.bypasses)
     if config.keep is None and config.attention is None and config.mlp is None:

@@ -117,6 +117,7 @@ class Runtime:
         last_lists: layer -> what queries saw in it, if `keep_lists`: many bytes, which tests alone look at.
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
+        progress: share of the run's steps that are done, where its Trainer tells; None where nothing does.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
     """
@@ -135,6 +136,7 @@ class Runtime:
     dense_only: bool = False
     # Whether checkpoints hold bypasses that train, or the user knows that they don't.
     bypasses_kept: bool = False
+    progress: float | None = None
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
@@ -162,7 +164,7 @@ class Runtime:
             # documents differ.
             drawn = _draw_from_torch()
             self.state.seed = f"{drawn} {get_rank() if is_available() and is_initialized() else 0}"
-            if not self.dense_only and random.Random(drawn).random() < (self.config.dense_share or 0.0):
+            if not self.dense_only and self._is_dense_pass(drawn):
                 self.state.dense = True
                 # Mode `backward` notes what it keeps in its backward, whatever the pass.
                 if self.config.mode != "backward":
@@ -190,6 +192,10 @@ class Runtime:
         by_chance = self.config.policy != "energy" or (attend is not None and attend.choice in ("random", "sampled"))
         return by_chance or bool(self.config.dense_share)
 
+    def _is_dense_pass(self, drawn: int) -> bool:
+        at = random.Random(drawn).random() if self.progress is None else self.progress
+        return at < (self.config.dense_share or 0.0)
+
     def _begin_attend(self, state: BatchState, targets: Tensor | None) -> None:
         attend = state.attend = self.config.attend
         if attend is None or attend.labelled == "sparse":
@@ -216,7 +222,7 @@ class Runtime:
             self.bypasses_kept = True
             _log.warning(
                 "train_bypass: checkpoints of a PEFT model hold the adapter alone; to resume with the bypasses as "
-                "trained, give the Trainer callbacks=[lemo.training.BypassCheckpoints()]"
+                "trained, give the Trainer callbacks=[lemo.training.SparsityCallback()]"
             )
 
     def choose(self, state: BatchState, layer: int, grad_BTD: Tensor) -> TokenPlan:

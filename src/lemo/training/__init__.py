@@ -11,11 +11,11 @@ from lemo.training.directory import is_main_process
 from lemo.training.summary import Summary
 
 if TYPE_CHECKING:
-    from lemo.training.bypasses import BypassCheckpoints
+    from lemo.training.callback import SparsityCallback
     from lemo.training.job import finetune
     from lemo.training.trainer import LemoTrainer
 
-__all__ = ["BypassCheckpoints", "LemoTrainer", "Summary", "finetune", "is_main_process"]
+__all__ = ["LemoTrainer", "SparsityCallback", "Summary", "finetune", "is_main_process"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,10 +24,10 @@ def __getattr__(name: str) -> Any:
         from lemo.training.job import finetune
 
         return finetune
-    if name == "BypassCheckpoints":
-        from lemo.training.bypasses import BypassCheckpoints
+    if name == "SparsityCallback":
+        from lemo.training.callback import SparsityCallback
 
-        return BypassCheckpoints
+        return SparsityCallback
     if name == "LemoTrainer":
         from lemo.training.trainer import LemoTrainer
 

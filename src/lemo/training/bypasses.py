@@ -7,7 +7,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lemo.errors import UserError
 from lemo.models import get_runtime
@@ -49,37 +48,5 @@ def load_bypasses(model: Any, checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint / FILE} doesn't hold this model's bypasses ({' '.join(str(error).split())}); resume from "
             "a checkpoint with the same calibration, in the run's own output_dir, that was written with "
-            "lemo.training.BypassCheckpoints, or train anew"
+            "lemo.training.SparsityCallback, or train anew"
         ) from error
-
-
-class BypassCheckpoints(TrainerCallback):
-    """For `transformers.Trainer` and TRL's trainers: `callbacks=[BypassCheckpoints()]`.
-
-    Their checkpoints of a PEFT model hold its adapter; with this they hold its bypasses too, and a resumed run goes on
-    with them (`SparsityConfig.train_bypass`). The checkpoint must lie in the run's `output_dir`. `lemo finetune` does
-    so by itself.
-    """
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Adds the bypasses to the checkpoint that has just been written."""
-        if args.should_save:
-            save_bypasses(model, _checkpoint(args, state))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Takes them from the checkpoint that training goes on from.
-
-        Raises:
-            UserError: as `load_bypasses`.
-        """
-        keep_bypasses(model)
-        if state.global_step:
-            load_bypasses(model, _checkpoint(args, state))
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

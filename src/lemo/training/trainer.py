@@ -28,6 +28,7 @@ from lemo.memory import PeakTracker
 from lemo.models import get_runtime
 from lemo.training import checkpoints
 from lemo.training.bypasses import keep_bypasses, load_bypasses, save_bypasses
+from lemo.training.callback import ProgressCallback
 from lemo.training.metrics import MetricsLog
 from lemo.training.progress import StepDisplay
 from lemo.training.storage import require_space, storage_errors
@@ -63,6 +64,7 @@ class LemoTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.adapted: Any = model
         keep_bypasses(model)
+        self.add_callback(ProgressCallback())
         self.remove_callback(PrinterCallback)
         # The sparsified model divides by num_items_in_batch itself.
         self.model_accepts_loss_kwargs = True

@@ -1,0 +1,65 @@
+"""What a Trainer tells a sparsified model, and keeps for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lemo.models import get_runtime
+from lemo.training.bypasses import keep_bypasses, load_bypasses, save_bypasses
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells the model how far the run is, so that its first passes run dense (`SparsityConfig.dense_share`)."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Before the micro-batches of an optimizer step."""
+        _tell(model, state.global_step / state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """The next run may have nobody who tells."""
+        _tell(model, None)
+
+
+class SparsityCallback(ProgressCallback):
+    """For `transformers.Trainer` and TRL's trainers: `callbacks=[SparsityCallback()]`.
+
+    Tells the model how far the run is. And their checkpoints of a PEFT model hold its adapter; with this they hold its
+    bypasses too, and a resumed run goes on with them (`SparsityConfig.train_bypass`). The checkpoint must lie in the
+    run's `output_dir`. `lemo finetune` does both by itself.
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Adds the bypasses to the checkpoint that has just been written."""
+        if args.should_save:
+            save_bypasses(model, _checkpoint(args, state))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Takes them from the checkpoint that training goes on from.
+
+        Raises:
+            UserError: as `load_bypasses`.
+        """
+        keep_bypasses(model)
+        if state.global_step:
+            load_bypasses(model, _checkpoint(args, state))
+
+
+def _tell(model: Any, progress: float | None) -> None:
+    runtime = get_runtime(model)
+    if runtime is not None:
+        runtime.progress = progress
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
