@@ -32,7 +32,16 @@ made default-0.75
   for dense in 0.25 0.6; do echo "made default-0.75-dense-$dense --set reuse=$PLACE/default-0.75 --set dense_share=$dense"; done
   echo "made default-0.75-algorithm1 --set reuse=$PLACE/default-0.75 --set allocation=algorithm1"
 } | side_by_side
-for keep in 0.75 0.5; do
-  echo "made both-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0"
-  echo "made both-curves-$keep-causal $(reuse both-curves-0.9-causal) --set keep=$keep --set score=causal"
-done | side_by_side
+causal() { echo "made causal-$1 --set reuse=$PLACE/both-curves-0.9-causal --set score=causal --set keep=$2 ${*:3}"; }
+{
+  for keep in 0.75 0.5; do
+    echo "made both-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0"
+    echo "made both-curves-$keep-causal $(reuse both-curves-0.9-causal) --set keep=$keep --set score=causal"
+  done
+  causal 0.9 0.9
+  causal 0.75 0.75
+  causal 0.75-dense-0.25 0.75 --set dense_share=0.25
+  causal 0.75-dense-0.6 0.75 --set dense_share=0.6
+  causal 0.5 0.5
+  causal 0.5-dense-0.25 0.5 --set dense_share=0.25
+} | side_by_side

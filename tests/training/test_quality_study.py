@@ -238,6 +238,9 @@ def test_what_cant_work_is_refused_before_any_training(place, tmp_path, monkeypa
     small = {"method": "random-blocks", "setting": "small", "keep": 0.01}
     with pytest.raises(UserError, match="hold labels"):
         run_study(study(place, tmp_path / "a", small))
+    absent = {"mode": "forward", "calibration": str(tmp_path / "absent")}
+    with pytest.raises(UserError, match=r"lemo-forward \(lost\): .*absent"):
+        run_study(study(place, tmp_path / "a", {"method": "lemo-forward", "setting": "lost", "sparsity": absent}))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").touch()
     with pytest.raises(UserError, match="not empty"):

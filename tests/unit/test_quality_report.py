@@ -169,9 +169,10 @@ def test_markdown_of_a_task() -> None:
     assert len(lines) == 4 + len(RETRIEVAL)
     assert lines[5] == (
         "| 2 | `lemo-backward` | default | 5 | 0.26 | 98% (96% to 101%) | 103% (101% to 106%) | 420 (×1.29) "
-        "| 0.91 (×0.95) | 0.120 → 0.882 | 1.700 → 1.602 |"
+        "| 0.91 (×0.95) | 0.120 → 0.882 | 1.700 → 1.602 | n/a |"
     )
-    assert {line.count("|") for line in lines[2:]} == {12}
+    assert [line for line in lines if line.endswith("| 2.400 |")], "judged sparse"
+    assert {line.count("|") for line in lines[2:]} == {13}
     assert "accuracy" not in quality_markdown(study(), "sft")
     assert quality_markdown(study(), "lm") == ""
     assert quality_markdown([*study(gpu="one"), *study(gpu="two")], "sft").count("on one.\n\n| # | method") == 1

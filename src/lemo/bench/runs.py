@@ -27,6 +27,7 @@ from lemo.errors import UserError
 from lemo.evaluation import Answer, BucketLoss, evaluate, retrieval_answers
 from lemo.models import sparse_evaluation
 from lemo.models.attention_plans import attention_for
+from lemo.models.calibration import fill_in, read_calibration
 from lemo.models.device import choose_device
 from lemo.models.loading import load_model
 from lemo.training.checks import check_labels_fit, check_length
@@ -128,13 +129,19 @@ class Laboratory:
         """Refuses what can't be trained, before anything is.
 
         Raises:
-            UserError: the model is too short for the task, or a method's labelled blocks exceed its keep.
+            UserError: the model is too short for the task, a method's labelled blocks exceed its keep, or its
+                calibration isn't there or was made for something else.
         """
         model, _ = load_model(self.study.model, "cpu")
         for method in methods:
             config = run_config(self.study, method, 0, 1)
             check_length(model, config)
             check_labels_fit(self._rows(method), config)
+            if config.sparsity.calibration is not None:
+                try:
+                    fill_in(config.sparsity, read_calibration(Path(config.sparsity.calibration)))
+                except ValueError as error:
+                    raise UserError(f"{method.method} ({method.setting}): {error}") from error
 
     def judge_untrained(self) -> Judgement:
         """The base model as it comes."""

@@ -144,6 +144,7 @@ _ACCURACY = Column(
     "accuracy before → after", lambda row: change_text(row, "accuracy_before", "accuracy_after"), "accuracy_after"
 )
 _LOSS = Column("loss before → after", lambda row: change_text(row, "loss_before", "loss_after"))
+_SPARSE_LOSS = Column("sparse loss", lambda row: mean_text(row.stat("loss_after_sparse"), ".3f"), "loss_after_sparse")
 _KEEP = Column("keep", lambda row: mean_text(row.stat("keep"), ".2f"))
 _DENSITY = Column("density", lambda row: mean_text(row.stat("density"), ".3f"), "density")
 _STEP = Column("step, ms (faster)", _step_text, "step_ms")
@@ -161,6 +162,7 @@ _MARKDOWN = (
     _PEAK,
     _ACCURACY,
     _LOSS,
+    _SPARSE_LOSS,
 )
 _HTML = (
     Column("", lambda row: str(row.number)),
@@ -175,7 +177,7 @@ _HTML = (
     _STEP,
     _PEAK,
     _LOSS,
-    Column("sparse loss", lambda row: mean_text(row.stat("loss_after_sparse"), ".3f"), "loss_after_sparse"),
+    _SPARSE_LOSS,
     _ACCURACY,
     Column("sparse accuracy", lambda row: mean_text(row.stat("accuracy_after_sparse"), ".3f"), "accuracy_after_sparse"),
 )
