@@ -241,6 +241,10 @@ def test_what_cant_work_is_refused_before_any_training(place, tmp_path, monkeypa
     absent = {"mode": "forward", "calibration": str(tmp_path / "absent")}
     with pytest.raises(UserError, match=r"lemo-forward \(lost\): .*absent"):
         run_study(study(place, tmp_path / "a", {"method": "lemo-forward", "setting": "lost", "sparsity": absent}))
+    mixed = {"mode": "forward", "keep": 0.5, "dense_share": 0.5}
+    timed = {"method": "lemo-forward", "timed": True, "sparsity": mixed}
+    with pytest.raises(UserError, match="no one time"):
+        run_study(study(place, tmp_path / "a", timed, timed_steps=2))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").touch()
     with pytest.raises(UserError, match="not empty"):

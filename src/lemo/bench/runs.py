@@ -129,19 +129,25 @@ class Laboratory:
         """Refuses what can't be trained, before anything is.
 
         Raises:
-            UserError: the model is too short for the task, a method's labelled blocks exceed its keep, or its
-                calibration isn't there or was made for something else.
+            UserError: the model is too short for the task; or a method's labelled blocks exceed its keep, its
+                calibration isn't there or was made for something else, or it is to be timed with dense passes.
         """
         model, _ = load_model(self.study.model, "cpu")
         for method in methods:
             config = run_config(self.study, method, 0, 1)
             check_length(model, config)
             check_labels_fit(self._rows(method), config)
-            if config.sparsity.calibration is not None:
+            sparsity, name = config.sparsity, f"{method.method} ({method.setting})"
+            if sparsity.calibration is not None:
                 try:
-                    fill_in(config.sparsity, read_calibration(Path(config.sparsity.calibration)))
+                    sparsity = fill_in(sparsity, read_calibration(Path(sparsity.calibration)))
                 except ValueError as error:
-                    raise UserError(f"{method.method} ({method.setting}): {error}") from error
+                    raise UserError(f"{name}: {error}") from error
+            if sparsity.dense_share and (method.timed or method.equal_time):
+                raise UserError(
+                    f"{name}: some of its passes run dense, so a step has no one time; leave timed and equal_time "
+                    "out, or set dense_share to 0"
+                )
 
     def judge_untrained(self) -> Judgement:
         """The base model as it comes."""
