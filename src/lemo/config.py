@@ -136,7 +136,8 @@ class SparsityConfig(Frozen):
         segments: the `segments` policy's numbers.
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,
-            its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do.
+            its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do;
+            each moves while the model trains, so that its branch goes on keeping what it was calibrated to.
         dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense; they count in
             the average keep and density. They are the run's first (docs/decisions/0010), or drawn at random where
             nothing tells how far the run is: a Trainer of your own needs the callback

@@ -76,13 +76,15 @@ def test_a_run_resumes_with_its_calibration_only(place: Any, tmp_path: Path) -> 
         finetune(settings(f"sparsity.calibration={moved}"), resume=True)
 
 
-def test_bypasses_that_train_resume_where_they_were(place: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_bypasses_and_thresholds_resume_where_they_were(trains: bool, place: Any, tmp_path: Path) -> None:
     overrides = [
         "device=cpu",
         "data.max_tokens=512",
         "data.heldout_share=0.2",
         "sparsity.mode=forward",
-        "sparsity.train_bypass=true",
+        f"sparsity.train_bypass={trains}",
+        "sparsity.dense_share=0",
         f"sparsity.calibration={place.calibration('llama')}",
         "training.learning_rate=5e-3",
         "training.scheduler=constant",
@@ -100,14 +102,19 @@ def test_bypasses_that_train_resume_where_they_were(place: Any, tmp_path: Path) 
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
     finetune(settings("parts"), resume=True)
     whole, parts = (
-        load_file(tmp_path / name / "checkpoint-4" / "lemo_bypasses.safetensors") for name in ("whole", "parts")
+        load_file(tmp_path / name / "checkpoint-4" / "lemo_forward.safetensors") for name in ("whole", "parts")
     )
     calibration = read_calibration(place.calibration("llama"))
-    assert {name: t.shape for name, t in whole.items()} == {name: t.shape for name, t in parts.items()}
+    assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    for (layer, branch), fitted in calibration.bypasses.items():
+    bypasses = {key: f"{key[0]}.{key[1]}.bypass.a" for key in calibration.bypasses}
+    assert bool(set(bypasses.values()) & whole.keys()) is trains
+    for (layer, branch), name in bypasses.items():
         used = calibration.facts.branches[branch].thresholds[layer] > 0
-        assert torch.equal(whole[f"{layer}.{branch}.bypass.a"], fitted.a) != used
+        assert not trains or torch.equal(whole[name], calibration.bypasses[layer, branch].a) != used
+        follows = used and calibration.facts.branches[branch].keep[layer] < 1
+        assert (f"{layer}.{branch}.threshold_scale" in whole) is follows
+        assert not follows or whole[f"{layer}.{branch}.threshold_scale"] != 0
     adapter = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapter)
 
@@ -140,6 +147,39 @@ def test_a_model_takes_thresholds_predictors_and_bypasses(place: Any) -> None:
         assert torch.equal(model(input_ids=ids).logits, dense)
 
 
+def test_thresholds_follow_while_the_model_trains(place: Any) -> None:
+    """Halved or doubled scores would move what is kept for good."""
+    directory = place.calibration("llama")
+    facts = read_calibration(directory).facts
+    ids = ids_of(place)
+    model = lemo.sparsify(
+        load(place),
+        lemo.SparsityConfig(mode="forward", calibration=str(directory), dense_share=0.0, train_bypass=False),
+    )
+    runtime = get_runtime(model)
+    assert runtime is not None
+    assert runtime.following is not None
+    for key in runtime.following.calibrated:
+        runtime.following.scales[key] = 0.7
+    runtime.take_thresholds(runtime.following)
+
+    def away() -> float:
+        found = [(plan.keep, facts.branches[b].keep[i]) for (i, b), plan in runtime.last_plans.items()]
+        return sum(keep - wanted for keep, wanted in found) / len(found)
+
+    model.train()
+    model(input_ids=ids)
+    far = away()
+    assert far < -0.05
+    for _ in range(60):
+        model(input_ids=ids)
+    assert abs(away()) < abs(far) / 3
+    before, config = dict(runtime.following.scales), runtime.config
+    with torch.no_grad(), sparse_evaluation(model.eval()):
+        model(input_ids=ids)
+    assert (runtime.following.scales, runtime.config) == (before, config)
+
+
 def test_what_the_caller_says_goes_before_the_defaults(place: Any) -> None:
     calibration = str(place.calibration("llama"))
     said = lemo.SparsityConfig(mode="forward", calibration=calibration, dense_share=0.0, train_bypass=False)
@@ -150,6 +190,7 @@ def test_what_the_caller_says_goes_before_the_defaults(place: Any) -> None:
     runtime = get_runtime(lemo.sparsify(load(place), own_keep))
     assert runtime is not None
     assert not runtime.config.dense_share
+    assert runtime.following is None
 
 
 def test_keep_goes_before_the_thresholds(place: Any) -> None:

@@ -84,11 +84,11 @@ def test_bypasses_that_train_resume_with_the_callback(
     assert sum("lemo_bypasses" in name for name in whole) == 18
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parts/checkpoint-3")
     assert same(run("parts", resume=True), whole)
-    file = tmp_path / "parts/checkpoint-7/lemo_bypasses.safetensors"
+    file = tmp_path / "parts/checkpoint-7/lemo_forward.safetensors"
     assert not caplog.records
     for damage in (lambda: file.write_bytes(file.read_bytes()[:100]), file.unlink):
         damage()
-        with pytest.raises(UserError, match=r"checkpoint-7/lemo_bypasses.* written with lemo\.training\.SparsityC"):
+        with pytest.raises(UserError, match=r"checkpoint-7/lemo_forward.* written with lemo\.training\.SparsityC"):
             run("parts", resume=True)
     train_model(bypassed(wraps=True), tmp_path / "without", resume=False)
     assert [record.getMessage() for record in caplog.records if "SparsityCallback" in record.getMessage()]

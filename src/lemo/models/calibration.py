@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lemo.config import BranchSelection, Score, SparsityConfig
 from lemo.config_io import CALIBRATION_FACTS
+from lemo.selection.following import FollowingThresholds, Key
 from lemo.selection.predictor import Predictor, activity_predictor_of
 from lemo.selection.score_heads import heads_of
 from lemo.sparse.bypass import Bypass
@@ -32,7 +33,6 @@ TENSORS_FILE = "calibration.safetensors"
 EXAMPLE_FILE = "example.safetensors"
 Branch = Literal["attention", "mlp"]
 BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
-Key = tuple[int, str]
 
 
 class BranchFacts(BaseModel):
@@ -239,6 +239,17 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
             branch: BranchSelection(threshold=tuple(found.thresholds)) for branch, found in facts.branches.items()
         }
     return config.model_copy(update=changes)
+
+
+def following_of(config: SparsityConfig, calibration: Calibration) -> FollowingThresholds | None:
+    """A calibration's thresholds, if it is they that choose; `config` before `fill_in`."""
+    if config.keep is not None or config.attention is not None or config.mlp is not None:
+        return None
+    branches = calibration.facts.branches.items()
+    return FollowingThresholds(
+        {(layer, branch): x for branch, found in branches for layer, x in enumerate(found.thresholds)},
+        {(layer, branch): x for branch, found in branches for layer, x in enumerate(found.keep)},
+    )
 
 
 def check_model(calibration: Path, facts: Facts, found: str, dtype: torch.dtype, layers: int) -> None:

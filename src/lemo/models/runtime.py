@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributed import get_rank, is_available, is_initialized
 
-from lemo.config import Attend, SparsityConfig
+from lemo.config import Attend, BranchSelection, SparsityConfig
 from lemo.kernels.block_lists import BlockLists
 from lemo.selection.attend import AttendGrid, build_grid, build_grid_of_kept
 from lemo.selection.energy import block_energy, row_norms, select_by_energy
+from lemo.selection.following import FollowingThresholds
 from lemo.selection.layout import causal_bounds, refuse_padding
 from lemo.selection.predictor import Predictor
 from lemo.selection.ranking import plan_from_blocks, plan_of_everything
@@ -38,6 +39,7 @@ class BatchState:
         layout: documents and blocks.
         spans: what the `segments` policy drew, else None.
         labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
+        config: the runtime's when the pass began.
         dense: whether everything is kept (`lemo.models.dense`).
         seed: of this pass's draws.
         rotary: transformers' (cos, sin) pair and its form with one line a row.
@@ -50,6 +52,7 @@ class BatchState:
     """
 
     layout: SequenceLayout
+    config: SparsityConfig
     spans: DrawnSpans | None = None
     labelled: Tensor | None = None
     dense: bool = False
@@ -117,6 +120,7 @@ class Runtime:
         last_lists: layer -> what queries saw in it, if `keep_lists`: many bytes, which tests alone look at.
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
+        following: a calibration's thresholds, which training moves; None where the user's choose, or a keep does.
         progress: share of the run's steps that are done, where its Trainer tells; None where nothing does.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
@@ -137,6 +141,7 @@ class Runtime:
     # Whether checkpoints hold bypasses that train, or the user knows that they don't.
     bypasses_kept: bool = False
     progress: float | None = None
+    following: FollowingThresholds | None = None
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
     _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
     _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
@@ -156,7 +161,9 @@ class Runtime:
         """
         if targets is not None:
             refuse_padding(layout, targets)
-        self.state = BatchState(layout, dense=self.dense_only)
+        if training:
+            self.move_thresholds()
+        self.state = BatchState(layout, self.config, dense=self.dense_only)
         if training and self.config.train_bypass:
             self._check_bypasses()
         if training and self._draws:
@@ -191,6 +198,16 @@ class Runtime:
         attend = self.config.attend
         by_chance = self.config.policy != "energy" or (attend is not None and attend.choice in ("random", "sampled"))
         return by_chance or bool(self.config.dense_share)
+
+    def move_thresholds(self) -> None:
+        """Lets the thresholds that follow count what the last training pass kept."""
+        if self.following is not None and self.following.advance():
+            self.take_thresholds(self.following)
+
+    def take_thresholds(self, following: FollowingThresholds) -> None:
+        """Puts thresholds into the configuration."""
+        changes = {branch: BranchSelection(threshold=following.of(branch)) for branch in following.branches}
+        self.config = self.config.model_copy(update=changes)
 
     def _is_dense_pass(self, drawn: int) -> bool:
         at = random.Random(drawn).random() if self.progress is None else self.progress

@@ -21,7 +21,7 @@ from lemo.config import Attend, BranchSelection, SparsityConfig
 from lemo.kernels.dispatch import check_listed_block
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.attend import refuse_dropout
-from lemo.models.calibration import Key, check_model, fill_in, fingerprint, read_calibration
+from lemo.models.calibration import Key, check_model, fill_in, fingerprint, following_of, read_calibration
 from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseAttention, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
 from lemo.models.view import ArchitectureView
@@ -60,13 +60,14 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
     row = architecture_of(causal_lm.config.model_type)
     decoder = causal_lm.get_submodule(row.decoder)
     layers = list(decoder.layers)
-    calibration = None
+    calibration = following = None
     if config.calibration is not None:
         directory = Path(config.calibration)
         calibration = read_calibration(directory)
         embedding = causal_lm.get_input_embeddings()
         found = fingerprint(layers, embedding)
         check_model(directory, calibration.facts, found, embedding.weight.dtype, len(layers))
+        following = following_of(config, calibration)
         config = fill_in(config, calibration)
     for name in ("attention", "mlp", "attend"):
         _check_per_layer(name, getattr(config, name), len(layers))
@@ -75,7 +76,7 @@ def sparsify(model: Any, config: SparsityConfig) -> Any:
         check_listed_block(config.attend.block, _device_of(layers[0]))
     for module in (causal_lm, decoder, *layers):
         _refuse_other_forward(module)
-    runtime = Runtime(config, len(layers))
+    runtime = Runtime(config, len(layers), following=following)
     setattr(causal_lm, RUNTIME, runtime)
     _swap(causal_lm, SparseCausalLM)
     if calibration is not None:

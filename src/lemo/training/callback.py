@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lemo.models import get_runtime
-from lemo.training.bypasses import keep_bypasses, load_bypasses, save_bypasses
+from lemo.training.forward_state import keep_state, load_state, save_state
 
 
 class ProgressCallback(TrainerCallback):
@@ -31,16 +31,16 @@ class SparsityCallback(ProgressCallback):
     """For `transformers.Trainer` and TRL's trainers: `callbacks=[SparsityCallback()]`.
 
     Tells the model how far the run is. And their checkpoints of a PEFT model hold its adapter; with this they hold its
-    bypasses too, and a resumed run goes on with them (`SparsityConfig.train_bypass`). The checkpoint must lie in the
-    run's `output_dir`. `lemo finetune` does both by itself.
+    bypasses that train (`SparsityConfig.train_bypass`) and a calibration's thresholds as they have moved, and a resumed
+    run goes on with them. The checkpoint must lie in the run's `output_dir`. `lemo finetune` does both by itself.
     """
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Adds the bypasses to the checkpoint that has just been written."""
+        """Adds them to the checkpoint that has just been written."""
         if args.should_save:
-            save_bypasses(model, _checkpoint(args, state))
+            save_state(model, _checkpoint(args, state))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -48,11 +48,11 @@ class SparsityCallback(ProgressCallback):
         """Takes them from the checkpoint that training goes on from.
 
         Raises:
-            UserError: as `load_bypasses`.
+            UserError: as `load_state`.
         """
-        keep_bypasses(model)
+        keep_state(model)
         if state.global_step:
-            load_bypasses(model, _checkpoint(args, state))
+            load_state(model, _checkpoint(args, state))
 
 
 def _tell(model: Any, progress: float | None) -> None:

@@ -1,8 +1,8 @@
 """transformers.Trainer, changed where a long run needs it: whole checkpoints, one metrics line a step, exact counts.
 
 Four things differ from the Trainer; all else is its own.
-1. A checkpoint is written aside and renamed (`lemo.training.checkpoints`), and holds bypasses that train.
-   `training_args.bin`, a pickle, is never written.
+1. A checkpoint is written aside and renamed (`lemo.training.checkpoints`), and holds what mode `forward`
+   trains beside the adapter. `training_args.bin`, a pickle, is never written.
 2. The loss is divided by the labels that enter it. Up to transformers 5.1x the Trainer counts a sequence's first label
    too, which nothing predicts; later versions decide by the model's `loss_type`. Here it is counted directly.
 3. Each optimizer step leaves one line in `metrics.jsonl`, before its checkpoint.
@@ -27,8 +27,8 @@ from lemo.errors import UserError
 from lemo.memory import PeakTracker
 from lemo.models import get_runtime
 from lemo.training import checkpoints
-from lemo.training.bypasses import keep_bypasses, load_bypasses, save_bypasses
 from lemo.training.callback import ProgressCallback
+from lemo.training.forward_state import keep_state, load_state, save_state
 from lemo.training.metrics import MetricsLog
 from lemo.training.progress import StepDisplay
 from lemo.training.storage import require_space, storage_errors
@@ -63,7 +63,7 @@ class LemoTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, **kwargs)
         self.adapted: Any = model
-        keep_bypasses(model)
+        keep_state(model)
         self.add_callback(ProgressCallback())
         self.remove_callback(PrinterCallback)
         # The sparsified model divides by num_items_in_batch itself.
@@ -168,7 +168,7 @@ class LemoTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self._barrier()
                 if self.args.should_save:
-                    save_bypasses(self.adapted, aside / what)
+                    save_state(self.adapted, aside / what)
                     checkpoints.seal(aside / what, step, self.identity)
                     checkpoints.publish(aside, self.run_directory, step)
                     checkpoints.rotate(self.run_directory, self.run_config.training.keep_checkpoints)
@@ -189,7 +189,7 @@ class LemoTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_bypasses(self.adapted, Path(resume_from_checkpoint))
+        load_state(self.adapted, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """By way of the CPU: on several CPU ranks, Trainers before 5.2x ask torch for `cpu:0`, which it refuses."""
@@ -211,7 +211,7 @@ class LemoTrainer(Trainer):
             dist.barrier()
 
     def load_weights(self, checkpoint: Path) -> None:
-        """The adapter of a checkpoint with its bypasses, and nothing else of it."""
+        """The adapter of a checkpoint with bypasses and thresholds, and nothing else of it."""
         self._load_from_checkpoint(str(checkpoint))
 
 
