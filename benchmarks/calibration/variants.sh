@@ -17,13 +17,13 @@ made default-0.75
   echo "made both-curves-0.9-bare $(reuse default-0.75) --set keep=0.9 --set bypass_rank=0"
   echo "made both-curves-0.9-causal $(reuse default-0.75) --set keep=0.9 --set score=causal"
   for keep in 0.9 0.75 0.5; do
-    for way in algorithm1 curves uniform; do
+    for way in algorithm1 curves; do
       echo "made both-$way-$keep $(reuse default-0.75) --set allocation=$way --set keep=$keep"
     done
   done
   # Attention alone: keep counts both branches, so these are 0.8, 0.5 and 0.25 of attention's.
   for keep in 0.9 0.75 0.625; do
-    for way in algorithm1 curves uniform; do
+    for way in algorithm1 curves; do
       echo "made attention-$way-$keep $(reuse default-0.75) --set allocation=$way --set keep=$keep --set branches=attention"
     done
   done
@@ -37,6 +37,10 @@ causal() { echo "made causal-$1 --set reuse=$PLACE/both-curves-0.9-causal --set 
   for keep in 0.75 0.5; do
     echo "made both-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0"
     echo "made both-curves-$keep-causal $(reuse both-curves-0.9-causal) --set keep=$keep --set score=causal"
+  done
+  for keep in 0.9 0.75 0.625; do
+    echo "made attention-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0 --set branches=attention"
+    echo "made attention-curves-$keep-causal $(reuse both-curves-0.9-causal) --set keep=$keep --set score=causal --set branches=attention"
   done
   causal 0.9 0.9
   causal 0.75 0.75
