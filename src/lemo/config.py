@@ -137,7 +137,8 @@ class SparsityConfig(Frozen):
         attention, mlp: `forward`: which blocks take part in that branch; a branch left out stays dense.
         calibration: `forward`: directory that `lemo calibrate` wrote for this model. Its predictors give the scores,
             its bypasses stand in for what is left out, and its thresholds choose, unless keep, attention or mlp do;
-            each moves while the model trains, so that its branch goes on keeping what it was calibrated to.
+            with `lemo finetune`, or `lemo.training.SparsityCallback` in a Trainer of your own, each moves in training,
+            so that its branch goes on keeping what it was calibrated to.
         dense_share: `forward`, and wherever `attend` is on: share of the training passes that run dense; they count in
             the average keep and density. They are the run's first (docs/decisions/0010), or drawn at random where
             nothing tells how far the run is: a Trainer of your own needs the callback
@@ -214,7 +215,9 @@ class SparsityConfig(Frozen):
 
     def _changed(self) -> set[str]:
         """Names of the settings that aren't the default's."""
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        # Once the default, which every saved configuration names.
+        return changed - ({"score"} if self.score == "paper" else set())
 
     @property
     def tokens_per_block(self) -> int:

@@ -113,8 +113,8 @@ def test_bypasses_and_thresholds_resume_where_they_were(trains: bool, place: Any
         used = calibration.facts.branches[branch].thresholds[layer] > 0
         assert not trains or torch.equal(whole[name], calibration.bypasses[layer, branch].a) != used
         follows = used and calibration.facts.branches[branch].keep[layer] < 1
-        assert (f"{layer}.{branch}.threshold_scale" in whole) is follows
-        assert not follows or whole[f"{layer}.{branch}.threshold_scale"] != 0
+        assert (f"{layer}.{branch}.threshold" in whole) is follows
+        assert not follows or whole[f"{layer}.{branch}.threshold"][1] != 0
     adapter = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapter)
 
@@ -173,10 +173,14 @@ def test_thresholds_follow_while_the_model_trains(place: Any) -> None:
     assert far < -0.05
     for _ in range(60):
         model(input_ids=ids)
+        runtime.move_thresholds("cpu")
     assert abs(away()) < abs(far) / 3
     before, config = dict(runtime.following.scales), runtime.config
     with torch.no_grad(), sparse_evaluation(model.eval()):
         model(input_ids=ids)
+    with torch.no_grad():
+        model.train()(input_ids=ids)
+    runtime.move_thresholds("cpu")
     assert (runtime.following.scales, runtime.config) == (before, config)
 
 

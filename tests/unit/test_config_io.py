@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lemo.config import RopeScaling, RunConfig
+from lemo.config import RopeScaling, RunConfig, SparsityConfig
 from lemo.config_io import known_keys, load_config, save_resolved
 from lemo.errors import UserError
 
@@ -200,3 +200,8 @@ def test_configuration_errors_are_found_before_torch_is_imported(tmp_path: Path,
     assert done.stdout.strip() == "status 2 heavy []", done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["backward", "dense", "auto"])
+def test_configurations_saved_when_a_score_was_the_default_load(mode: str) -> None:
+    assert SparsityConfig(mode=mode, score="paper").score == "paper"

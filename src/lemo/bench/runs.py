@@ -130,7 +130,7 @@ class Laboratory:
 
         Raises:
             UserError: the model is too short for the task; or a method's labelled blocks exceed its keep, its
-                calibration isn't there or was made for something else, or it is to be timed with dense passes.
+                calibration isn't there or is for another score or block size, or it is to be timed with dense passes.
         """
         model, _ = load_model(self.study.model, "cpu")
         for method in methods:

@@ -243,7 +243,7 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
         view,
         state.layout,
         _rotary(kwargs, state),
-        state.config,
+        runtime.config,
         index,
         lambda x: view.attention(x, **kwargs),
         _here(runtime.bypasses.get((index, "attention")), hidden),
@@ -264,9 +264,8 @@ def _run_forward(layer: Any, hidden: Tensor, state: BatchState, cls_forward: Any
     out = _checkpointed(layer, run, hidden)
     if plans.attention is not None and plans.mlp is not None:
         runtime.record(index, plans.attention, plans.mlp)
-        if layer.training and runtime.following is not None:
-            runtime.following.observe((index, "attention"), plans.attention.keep)
-            runtime.following.observe((index, "mlp"), plans.mlp.keep)
+        if layer.training:
+            runtime.observe(state, index, plans.attention, plans.mlp)
     _record_lists(layer, attend)
     return out
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import get_rank, is_available, is_initialized
+from torch.distributed import all_reduce, get_rank, is_available, is_initialized
 
 from lemo.config import Attend, BranchSelection, SparsityConfig
 from lemo.kernels.block_lists import BlockLists
@@ -39,7 +39,6 @@ class BatchState:
         layout: documents and blocks.
         spans: what the `segments` policy drew, else None.
         labelled: bool [blocks], blocks holding rows that enter the loss; known once the backward has begun.
-        config: the runtime's when the pass began.
         dense: whether everything is kept (`lemo.models.dense`).
         seed: of this pass's draws.
         rotary: transformers' (cos, sin) pair and its form with one line a row.
@@ -52,7 +51,6 @@ class BatchState:
     """
 
     layout: SequenceLayout
-    config: SparsityConfig
     spans: DrawnSpans | None = None
     labelled: Tensor | None = None
     dense: bool = False
@@ -120,7 +118,7 @@ class Runtime:
         last_lists: layer -> what queries saw in it, if `keep_lists`: many bytes, which tests alone look at.
         bypasses: (layer, 'attention' | 'mlp') -> what `forward` gives the rows it leaves out of that branch.
         predictors: (layer, 'attention' | 'mlp') -> what gives `forward` that branch's scores in place of exact ones.
-        following: a calibration's thresholds, which training moves; None where the user's choose, or a keep does.
+        following: a calibration's thresholds, which a Trainer moves; None where the user's choose, or a keep does.
         progress: share of the run's steps that are done, where its Trainer tells; None where nothing does.
         placement: (layout, labelled blocks, layer) -> blocks kept in the chosen ones' place; benchmarks alone set it.
         last_spans: drawn (first, end) rows of each document of the last batch (`segments`).
@@ -161,9 +159,7 @@ class Runtime:
         """
         if targets is not None:
             refuse_padding(layout, targets)
-        if training:
-            self.move_thresholds()
-        self.state = BatchState(layout, self.config, dense=self.dense_only)
+        self.state = BatchState(layout, dense=self.dense_only)
         if training and self.config.train_bypass:
             self._check_bypasses()
         if training and self._draws:
@@ -199,10 +195,31 @@ class Runtime:
         by_chance = self.config.policy != "energy" or (attend is not None and attend.choice in ("random", "sampled"))
         return by_chance or bool(self.config.dense_share)
 
-    def move_thresholds(self) -> None:
-        """Lets the thresholds that follow count what the last training pass kept."""
-        if self.following is not None and self.following.advance():
-            self.take_thresholds(self.following)
+    def observe(self, state: BatchState, layer: int, attention: TokenPlan, mlp: TokenPlan) -> None:
+        """Notes a layer's plans in a training pass for the thresholds that follow."""
+        # A layer that a wrapper runs again for its backward was seen before; without gradients nobody trains.
+        if self.following is None or state is not self.state or not torch.is_grad_enabled():
+            return
+        layout = state.layout.host or state.layout
+        least = float(layout.block_tokens[layout.edge_block].sum()) / max(1, layout.real_tokens)
+        self.following.observe((layer, "attention"), attention.keep, least)
+        self.following.observe((layer, "mlp"), mlp.keep, least)
+
+    def move_thresholds(self, device: torch.device | str) -> None:
+        """Lets the thresholds that follow count what the last step kept, on average over ranks: each must call.
+
+        Args:
+            device: where ranks exchange tensors.
+        """
+        if self.following is None:
+            return
+        seen = self.following.take_seen()
+        if is_available() and is_initialized():
+            shared = seen.to(device)
+            all_reduce(shared)
+            seen = shared.cpu()
+        self.following.advance(seen)
+        self.take_thresholds(self.following)
 
     def take_thresholds(self, following: FollowingThresholds) -> None:
         """Puts thresholds into the configuration."""

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# How far a pass that kept everything, or nothing, moves a threshold's logarithm; and how far it gets in all.
+import torch
+from torch import Tensor
+
+# How far a step that kept everything, or nothing, moves a threshold's logarithm; and how far it gets in all.
 _RATE, _LIMIT = 0.2, math.log(4.0)
 
 Key = tuple[int, str]
@@ -14,38 +17,55 @@ Key = tuple[int, str]
 
 @dataclass
 class FollowingThresholds:
-    """What (layer, branch) keeps at least, moved after each training pass towards keeping what it was calibrated to.
+    """What (layer, branch) keeps at least, moved after each training step towards keeping what it was calibrated to.
 
     Attributes:
         calibrated: smallest score that is kept, before training; 0 keeps everything, always.
         targets: share of the blocks that it kept then.
-        scales: logarithm of the threshold now over the calibrated one; a checkpoint holds them. Ranks have their own,
-            since their documents differ.
+        scales: logarithm of the threshold now over the calibrated one; a checkpoint holds them.
     """
 
     calibrated: Mapping[Key, float]
     targets: Mapping[Key, float]
     scales: dict[Key, float] = field(default_factory=dict)
-    _observed: dict[Key, float] = field(default_factory=dict)
+    # Sum of what passes kept since the last step, and their number.
+    _seen: dict[Key, tuple[float, int]] = field(default_factory=dict)
 
-    def observe(self, key: Key, keep: float) -> None:
-        """Notes what a training pass kept, in [0, 1]; it counts from the next `advance`."""
-        if self.calibrated.get(key, 0.0) > 0.0 and self.targets[key] < 1.0:
-            self._observed[key] = keep
-
-    def advance(self) -> bool:
-        """Moves the thresholds by what was observed; whether anything was."""
-        moved_any = bool(self._observed)
-        for key, keep in self._observed.items():
-            moved = self.scales.get(key, 0.0) + _RATE * (keep - self.targets[key])
-            self.scales[key] = min(_LIMIT, max(-_LIMIT, moved))
-        self._observed.clear()
-        return moved_any
+    @property
+    def followed(self) -> list[Key]:
+        """Those that leave something out, in order."""
+        return sorted(key for key, x in self.calibrated.items() if x > 0.0 and self.targets[key] < 1.0)
 
     @property
     def branches(self) -> set[str]:
         """Those that have thresholds."""
         return {branch for _, branch in self.calibrated}
+
+    def observe(self, key: Key, keep: float, least: float) -> None:
+        """Notes what a training pass kept.
+
+        Args:
+            key: layer and branch.
+            keep: its share, in [0, 1].
+            least: what it would have kept under any threshold: documents so short that this reaches the target say
+                nothing.
+        """
+        if least < self.targets.get(key, 0.0):
+            total, passes = self._seen.get(key, (0.0, 0))
+            self._seen[key] = total + keep, passes + 1
+
+    def take_seen(self) -> Tensor:
+        """[followed, 2] fp64 on the CPU: what passes kept since the last call, summed, and their number."""
+        seen = [self._seen.get(key, (0.0, 0)) for key in self.followed]
+        self._seen.clear()
+        return torch.tensor(seen, dtype=torch.float64).reshape(-1, 2)
+
+    def advance(self, seen: Tensor) -> None:
+        """Moves the thresholds by what was kept on average; `seen` as from `take_seen`, or summed over ranks."""
+        for key, (total, passes) in zip(self.followed, seen.tolist(), strict=True):
+            if passes:
+                moved = self.scales.get(key, 0.0) + _RATE * (total / passes - self.targets[key])
+                self.scales[key] = min(_LIMIT, max(-_LIMIT, moved))
 
     def of(self, branch: str) -> tuple[float, ...]:
         """One branch's thresholds now, by layer."""

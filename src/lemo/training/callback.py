@@ -11,14 +11,23 @@ from lemo.models import get_runtime
 from lemo.training.forward_state import keep_state, load_state, save_state
 
 
-class ProgressCallback(TrainerCallback):
-    """Tells the model how far the run is, so that its first passes run dense (`SparsityConfig.dense_share`)."""
+class StepCallback(TrainerCallback):
+    """Tells the model how far the run is, so that its first passes run dense (`SparsityConfig.dense_share`), and moves
+    a calibration's thresholds (`lemo.selection.following`)."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Before the micro-batches of an optimizer step."""
         _tell(model, state.global_step / state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """After the optimizer step, before its checkpoint."""
+        runtime = get_runtime(model)
+        if runtime is not None:
+            runtime.move_thresholds(args.device)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -27,12 +36,13 @@ class ProgressCallback(TrainerCallback):
         _tell(model, None)
 
 
-class SparsityCallback(ProgressCallback):
+class SparsityCallback(StepCallback):
     """For `transformers.Trainer` and TRL's trainers: `callbacks=[SparsityCallback()]`.
 
-    Tells the model how far the run is. And their checkpoints of a PEFT model hold its adapter; with this they hold its
-    bypasses that train (`SparsityConfig.train_bypass`) and a calibration's thresholds as they have moved, and a resumed
-    run goes on with them. The checkpoint must lie in the run's `output_dir`. `lemo finetune` does both by itself.
+    Tells the model how far the run is and moves a calibration's thresholds, which stay as they are without it. And
+    their checkpoints of a PEFT model hold its adapter; with this they hold its bypasses that train
+    (`SparsityConfig.train_bypass`) and the thresholds too, and a resumed run goes on with them. The checkpoint must lie
+    in the run's `output_dir`. `lemo finetune` does all that by itself.
     """
 
     def on_save(

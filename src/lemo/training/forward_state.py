@@ -19,7 +19,8 @@ from lemo.models.calibration import bypasses_of, tensors_of
 from lemo.models.runtime import Runtime
 
 FILE = "lemo_forward.safetensors"
-_SCALE = ".threshold_scale"
+# The calibrated threshold, and the logarithm of the present one over it.
+_THRESHOLD = ".threshold"
 
 
 def keep_state(model: Any) -> None:
@@ -36,10 +37,9 @@ def save_state(model: Any, checkpoint: Path) -> None:
         return
     tensors = tensors_of({}, runtime.bypasses) if runtime.config.train_bypass else {}
     if runtime.following is not None:
-        # The next pass would do so.
-        runtime.move_thresholds()
-        for (layer, branch), scale in runtime.following.scales.items():
-            tensors[f"{layer}.{branch}{_SCALE}"] = torch.tensor(scale, dtype=torch.float64)
+        for key in runtime.following.followed:
+            pair = runtime.following.calibrated[key], runtime.following.scales.get(key, 0.0)
+            tensors[f"{key[0]}.{key[1]}{_THRESHOLD}"] = torch.tensor(pair, dtype=torch.float64)
     save_file(tensors, checkpoint / FILE)
 
 
@@ -68,18 +68,18 @@ def _changes(runtime: Runtime) -> bool:
 
 
 def _take(runtime: Runtime, tensors: dict[str, Tensor]) -> None:
-    scales = {name.removesuffix(_SCALE): x for name, x in tensors.items() if name.endswith(_SCALE)}
-    stored = bypasses_of({name: x for name, x in tensors.items() if not name.endswith(_SCALE)})
+    pairs = {name.removesuffix(_THRESHOLD): x.tolist() for name, x in tensors.items() if name.endswith(_THRESHOLD)}
+    stored = bypasses_of({name: x for name, x in tensors.items() if not name.endswith(_THRESHOLD)})
     if stored.keys() != (runtime.bypasses.keys() if runtime.config.train_bypass else set()):
         raise ValueError("it has others")
+    following = runtime.following
+    mine = {} if following is None else {f"{key[0]}.{key[1]}": key for key in following.followed}
+    calibrated = {name: following.calibrated[key] for name, key in mine.items()} if following is not None else {}
+    if {name: pair[0] for name, pair in pairs.items()} != calibrated:
+        raise ValueError("it has other thresholds")
     for key, bypass in stored.items():
         runtime.bypasses[key].load_state_dict(bypass.state_dict())
-    if runtime.following is None:
-        if scales:
-            raise ValueError("it has thresholds")
-        return
-    found = {(int(name.split(".")[0]), name.split(".")[1]): float(x) for name, x in scales.items()}
-    if not found.keys() <= runtime.following.calibrated.keys():
-        raise ValueError("it has other thresholds")
-    runtime.following.scales = found
-    runtime.take_thresholds(runtime.following)
+    if following is not None:
+        following.scales = {mine[name]: pair[1] for name, pair in pairs.items()}
+        following.take_seen()
+        runtime.take_thresholds(following)

@@ -27,7 +27,7 @@ from lemo.errors import UserError
 from lemo.memory import PeakTracker
 from lemo.models import get_runtime
 from lemo.training import checkpoints
-from lemo.training.callback import ProgressCallback
+from lemo.training.callback import StepCallback
 from lemo.training.forward_state import keep_state, load_state, save_state
 from lemo.training.metrics import MetricsLog
 from lemo.training.progress import StepDisplay
@@ -64,7 +64,7 @@ class LemoTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.adapted: Any = model
         keep_state(model)
-        self.add_callback(ProgressCallback())
+        self.add_callback(StepCallback())
         self.remove_callback(PrinterCallback)
         # The sparsified model divides by num_items_in_batch itself.
         self.model_accepts_loss_kwargs = True
