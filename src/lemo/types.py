@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+# Index of a layer, and 'attention' or 'mlp'.
+Key = tuple[int, str]
+
 
 @dataclass(frozen=True)
 class SequenceLayout:

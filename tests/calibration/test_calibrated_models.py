@@ -161,7 +161,7 @@ def test_thresholds_follow_while_the_model_trains(place: Any) -> None:
     assert runtime.following is not None
     for key in runtime.following.calibrated:
         runtime.following.scales[key] = 0.7
-    runtime.take_thresholds(runtime.following)
+    runtime.take_thresholds()
 
     def away() -> float:
         found = [(plan.keep, facts.branches[b].keep[i]) for (i, b), plan in runtime.last_plans.items()]

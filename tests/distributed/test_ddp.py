@@ -97,8 +97,8 @@ def test_two_ranks_equal_accumulation_of_two(place: Path, mode: str, calibrated:
     assert json.loads((two / "summary.json").read_text())["processes"] == 2
     assert thresholds(one).keys() == thresholds(two).keys()
     assert bool(thresholds(one)) is (mode == "forward")
-    for name, pair in thresholds(one).items():
-        torch.testing.assert_close(thresholds(two)[name], pair, rtol=0, atol=1e-9)
+    # Two passes' sum is the same in either order.
+    assert all(torch.equal(thresholds(two)[name], pair) for name, pair in thresholds(one).items())
 
     files = {path.name for path in (two / "checkpoint-2").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= files

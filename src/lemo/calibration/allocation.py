@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from lemo.models.calibration import Key
+from lemo.types import Key
 
 # Shares whose cost is measured, one unit at a time. Under a quarter a branch isn't worth its norm.
 LEVELS = (0.75, 0.5, 0.25)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lemo.calibration.config import CalibrationConfig
 from lemo.models.bypasses import add_to_fit
-from lemo.models.calibration import BRANCHES, Key
+from lemo.models.calibration import BRANCHES
 from lemo.models.watching import BranchCall, watch
 from lemo.selection.examples import Example, keep_newest
 from lemo.selection.head_choice import Choice, allot, begin_heads, choices, recall_of
@@ -23,6 +23,7 @@ from lemo.selection.score_heads import Rotate, ScoreHeads
 from lemo.selection.score_heads_training import HeadsExample, HeadsTraining, part_of
 from lemo.selection.scores import attention_informativeness, block_pair_scores
 from lemo.sparse.bypass import Bypass, BypassFit
+from lemo.types import Key
 
 # Documents that say which layers get how many heads, and blocks that they have at least, if some are so long.
 _CHOOSING, _LEAST_BLOCKS = 5, 8

@@ -39,7 +39,6 @@ from lemo.models.calibration import (
     BranchFacts,
     Calibration,
     Facts,
-    Key,
     read_calibration,
     tensors_of,
 )
@@ -49,6 +48,7 @@ from lemo.models.surgery import hold_bypasses
 from lemo.training.checks import check_length, fingerprint_data
 from lemo.training.directory import refuse_used
 from lemo.training.storage import storage_errors, sync_directory, sync_file, write_json
+from lemo.types import Key
 
 _SETTLING = 8
 

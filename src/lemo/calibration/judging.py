@@ -20,7 +20,7 @@ from lemo.config import BranchSelection
 from lemo.errors import UserError
 from lemo.evaluation import evaluate
 from lemo.models import get_runtime, sparse_evaluation
-from lemo.models.calibration import BRANCHES, Key
+from lemo.models.calibration import BRANCHES
 from lemo.models.runtime import flag
 from lemo.models.watching import BranchCall, watch
 from lemo.selection.layout import build_layout
@@ -29,6 +29,7 @@ from lemo.selection.score_errors import recall
 from lemo.selection.score_heads import ScoreHeads
 from lemo.selection.scores import attention_informativeness, block_means, from_predecessor
 from lemo.training.storage import write_text
+from lemo.types import Key
 
 
 @dataclass(frozen=True)

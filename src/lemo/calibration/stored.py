@@ -22,7 +22,6 @@ from lemo.models.calibration import (
     BRANCHES,
     FORMAT,
     BranchFacts,
-    Key,
     bypasses_of,
     check_model,
     fingerprint,
@@ -31,6 +30,7 @@ from lemo.models.calibration import (
     tensors_of,
 )
 from lemo.training.storage import sync_file, write_json
+from lemo.types import Key
 
 LEDGER = "losses.jsonl"
 _FITTED = "fitted"

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from lemo.config import BranchSelection, Score, SparsityConfig
 from lemo.config_io import CALIBRATION_FACTS
-from lemo.selection.following import FollowingThresholds, Key
+from lemo.selection.following import FollowingThresholds
 from lemo.selection.predictor import Predictor, activity_predictor_of
 from lemo.selection.score_heads import heads_of
 from lemo.sparse.bypass import Bypass
+from lemo.types import Key
 
 FORMAT = 4
 FACTS_FILE = CALIBRATION_FACTS
@@ -224,7 +225,8 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
             f"sparsity.score is {config.score}, but {config.calibration} was calibrated for {facts.score}; set "
             f"sparsity.score={facts.score}, or calibrate again"
         )
-    if facts.score == "causal" and any(b and b.keep for b in (config.attention_selection, config.mlp_selection)):
+    own = [selection for selection in (config.attention_selection, config.mlp_selection) if selection is not None]
+    if facts.score == "causal" and any(selection.keep for selection in own):
         raise ValueError(
             f"{config.calibration} was calibrated for causal scores, which need thresholds: a keep (top-k) looks ahead "
             "by itself; leave keep out, or calibrate again for this keep"
@@ -232,7 +234,7 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
     changes: dict[str, Any] = {"block_size": facts.block_size, "score": facts.score}
     if config.train_bypass is None:
         changes["train_bypass"] = bool(calibration.bypasses)
-    if config.keep is None and config.attention is None and config.mlp is None:
+    if not own:
         if config.dense_share is None:
             changes["dense_share"] = facts.dense_share
         changes |= {
@@ -243,7 +245,7 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
 
 def following_of(config: SparsityConfig, calibration: Calibration) -> FollowingThresholds | None:
     """A calibration's thresholds, if it is they that choose; `config` before `fill_in`."""
-    if config.keep is not None or config.attention is not None or config.mlp is not None:
+    if config.attention_selection is not None or config.mlp_selection is not None:
         return None
     branches = calibration.facts.branches.items()
     return FollowingThresholds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import random
@@ -67,6 +68,12 @@ class BatchState:
         # Without one every pass would draw the same.
         assert self.seed, "begin draws a seed wherever something is left to chance"
         return random.Random(f"{self.seed} {layer}")
+
+    @functools.cached_property
+    def least_keep(self) -> float:
+        """Share of the tokens in their documents' first and last blocks, which every selection keeps."""
+        layout = self.layout.host or self.layout
+        return float(layout.block_tokens[layout.edge_block].sum()) / max(1, layout.real_tokens)
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
         """Where blocks lie for layers with that density and sliding window; made once for all of them."""
@@ -200,10 +207,8 @@ class Runtime:
         # A layer that a wrapper runs again for its backward was seen before; without gradients nobody trains.
         if self.following is None or state is not self.state or not torch.is_grad_enabled():
             return
-        layout = state.layout.host or state.layout
-        least = float(layout.block_tokens[layout.edge_block].sum()) / max(1, layout.real_tokens)
-        self.following.observe((layer, "attention"), attention.keep, least)
-        self.following.observe((layer, "mlp"), mlp.keep, least)
+        self.following.observe((layer, "attention"), attention.keep, state.least_keep)
+        self.following.observe((layer, "mlp"), mlp.keep, state.least_keep)
 
     def move_thresholds(self, device: torch.device | str) -> None:
         """Lets the thresholds that follow count what the last step kept, on average over ranks: each must call.
@@ -219,10 +224,12 @@ class Runtime:
             all_reduce(shared)
             seen = shared.cpu()
         self.following.advance(seen)
-        self.take_thresholds(self.following)
+        self.take_thresholds()
 
-    def take_thresholds(self, following: FollowingThresholds) -> None:
-        """Puts thresholds into the configuration."""
+    def take_thresholds(self) -> None:
+        """Puts the thresholds that follow, as they are now, into the configuration."""
+        following = self.following
+        assert following is not None, "a calibration's thresholds choose"
         changes = {branch: BranchSelection(threshold=following.of(branch)) for branch in following.branches}
         self.config = self.config.model_copy(update=changes)
 

@@ -21,11 +21,12 @@ from lemo.config import Attend, BranchSelection, SparsityConfig
 from lemo.kernels.dispatch import check_listed_block
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.attend import refuse_dropout
-from lemo.models.calibration import Key, check_model, fill_in, fingerprint, following_of, read_calibration
+from lemo.models.calibration import check_model, fill_in, fingerprint, following_of, read_calibration
 from lemo.models.mixins import INDEX, PACKS, RUNTIME, VIEW, SparseAttention, SparseCausalLM, SparseDecoder, SparseLayer
 from lemo.models.runtime import Runtime, flag
 from lemo.models.view import ArchitectureView
 from lemo.sparse.bypass import Bypass
+from lemo.types import Key
 
 # Name of the bypasses that train, in the CausalLM.
 BYPASSES = "lemo_bypasses"

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lemo.types import Key
+
+# Of the tensors that a checkpoint holds: the calibrated threshold, and the logarithm of the present one over it.
+SUFFIX = ".threshold"
 # How far a step that kept everything, or nothing, moves a threshold's logarithm; and how far it gets in all.
 _RATE, _LIMIT = 0.2, math.log(4.0)
-
-Key = tuple[int, str]
 
 
 @dataclass
@@ -22,7 +24,7 @@ class FollowingThresholds:
     Attributes:
         calibrated: smallest score that is kept, before training; 0 keeps everything, always.
         targets: share of the blocks that it kept then.
-        scales: logarithm of the threshold now over the calibrated one; a checkpoint holds them.
+        scales: logarithm of the threshold now over the calibrated one.
     """
 
     calibrated: Mapping[Key, float]
@@ -74,3 +76,26 @@ class FollowingThresholds:
             for (layer, name), threshold in sorted(self.calibrated.items())
             if name == branch
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name."""
+        pairs = {key: (self.calibrated[key], self.scales.get(key, 0.0)) for key in self.followed}
+        return {
+            f"{layer}.{branch}{SUFFIX}": torch.tensor(pair, dtype=torch.float64)
+            for (layer, branch), pair in pairs.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from what `tensors` gave.
+
+        Raises:
+            ValueError: it is of another calibration.
+        """
+        mine = dict(zip(self.tensors(), self.followed, strict=True))
+        pairs = {name: tensor.tolist() for name, tensor in tensors.items()}
+        if {name: calibrated for name, (calibrated, _) in pairs.items()} != {
+            name: self.calibrated[key] for name, key in mine.items()
+        }:
+            raise ValueError("it has other thresholds")
+        self.scales = {mine[name]: scale for name, (_, scale) in pairs.items()}
+        self._seen.clear()

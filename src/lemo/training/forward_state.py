@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,10 +16,9 @@ from lemo.errors import UserError
 from lemo.models import get_runtime
 from lemo.models.calibration import bypasses_of, tensors_of
 from lemo.models.runtime import Runtime
+from lemo.selection.following import SUFFIX
 
 FILE = "lemo_forward.safetensors"
-# The calibrated threshold, and the logarithm of the present one over it.
-_THRESHOLD = ".threshold"
 
 
 def keep_state(model: Any) -> None:
@@ -37,9 +35,7 @@ def save_state(model: Any, checkpoint: Path) -> None:
         return
     tensors = tensors_of({}, runtime.bypasses) if runtime.config.train_bypass else {}
     if runtime.following is not None:
-        for key in runtime.following.followed:
-            pair = runtime.following.calibrated[key], runtime.following.scales.get(key, 0.0)
-            tensors[f"{key[0]}.{key[1]}{_THRESHOLD}"] = torch.tensor(pair, dtype=torch.float64)
+        tensors |= runtime.following.tensors()
     save_file(tensors, checkpoint / FILE)
 
 
@@ -53,8 +49,7 @@ def load_state(model: Any, checkpoint: Path) -> None:
     if runtime is None or not _changes(runtime):
         return
     try:
-        tensors = load_file(checkpoint / FILE)
-        _take(runtime, tensors)
+        _take(runtime, load_file(checkpoint / FILE))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint / FILE} doesn't hold this model's bypasses and thresholds ({' '.join(str(error).split())}); "
@@ -68,18 +63,14 @@ def _changes(runtime: Runtime) -> bool:
 
 
 def _take(runtime: Runtime, tensors: dict[str, Tensor]) -> None:
-    pairs = {name.removesuffix(_THRESHOLD): x.tolist() for name, x in tensors.items() if name.endswith(_THRESHOLD)}
-    stored = bypasses_of({name: x for name, x in tensors.items() if not name.endswith(_THRESHOLD)})
+    thresholds = {name: x for name, x in tensors.items() if name.endswith(SUFFIX)}
+    stored = bypasses_of({name: x for name, x in tensors.items() if name not in thresholds})
     if stored.keys() != (runtime.bypasses.keys() if runtime.config.train_bypass else set()):
         raise ValueError("it has others")
-    following = runtime.following
-    mine = {} if following is None else {f"{key[0]}.{key[1]}": key for key in following.followed}
-    calibrated = {name: following.calibrated[key] for name, key in mine.items()} if following is not None else {}
-    if {name: pair[0] for name, pair in pairs.items()} != calibrated:
-        raise ValueError("it has other thresholds")
+    if runtime.following is not None:
+        runtime.following.load(thresholds)
+        runtime.take_thresholds()
+    elif thresholds:
+        raise ValueError("it has thresholds")
     for key, bypass in stored.items():
         runtime.bypasses[key].load_state_dict(bypass.state_dict())
-    if following is not None:
-        following.scales = {mine[name]: pair[1] for name, pair in pairs.items()}
-        following.take_seen()
-        runtime.take_thresholds(following)
