@@ -12,7 +12,7 @@ side_by_side() { xargs -d '\n' -P "$JOBS" -I{} bash -c '{}'; }
 reuse() { echo "--set reuse=$PLACE/$1 --set dense_share=0"; }
 made default-0.75
 # Losses that another has measured with the same bypasses and scores come along; so of those without bypasses, and of those
-# with causal scores, one goes first. They leave blocks out in every pass, but for the default ones.
+# with causal scores, one goes first. They leave blocks out in every pass, but for those that say otherwise.
 {
   echo "made both-curves-0.9-bare $(reuse default-0.75) --set keep=0.9 --set bypass_rank=0"
   echo "made both-curves-0.9-causal $(reuse default-0.75) --set keep=0.9 --set score=causal"
@@ -27,12 +27,13 @@ made default-0.75
       echo "made attention-$way-$keep $(reuse default-0.75) --set allocation=$way --set keep=$keep --set branches=attention"
     done
   done
-  for keep in 0.9 0.5; do echo "made default-$keep --set reuse=$PLACE/default-0.75 --set keep=$keep"; done
-  # The default's average with fewer dense passes and with more, so that the others keep 0.667 and 0.375.
-  for dense in 0.25 0.6; do echo "made default-0.75-dense-$dense --set reuse=$PLACE/default-0.75 --set dense_share=$dense"; done
-  echo "made default-0.75-algorithm1 --set reuse=$PLACE/default-0.75 --set allocation=algorithm1"
+  # Fewer dense passes, so that the others keep 0.5, 0.375 and 0.8.
+  for dense in 0.5 0.6; do echo "made default-0.75-dense-$dense --set reuse=$PLACE/default-0.75 --set dense_share=$dense"; done
+  echo "made default-0.9-dense-0.5 --set reuse=$PLACE/default-0.75 --set keep=0.9 --set dense_share=0.5"
 } | side_by_side
-causal() { echo "made causal-$1 --set reuse=$PLACE/both-curves-0.9-causal --set score=causal --set keep=$2 ${*:3}"; }
+causal() {
+  echo "made causal-$1-dense-$2 --set reuse=$PLACE/both-curves-0.9-causal --set score=causal --set keep=$1 --set dense_share=$2"
+}
 {
   for keep in 0.75 0.5; do
     echo "made both-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0"
@@ -42,10 +43,7 @@ causal() { echo "made causal-$1 --set reuse=$PLACE/both-curves-0.9-causal --set 
     echo "made attention-curves-$keep-bare $(reuse both-curves-0.9-bare) --set keep=$keep --set bypass_rank=0 --set branches=attention"
     echo "made attention-curves-$keep-causal $(reuse both-curves-0.9-causal) --set keep=$keep --set score=causal --set branches=attention"
   done
-  causal 0.9 0.9
-  causal 0.75 0.75
-  causal 0.75-dense-0.25 0.75 --set dense_share=0.25
-  causal 0.75-dense-0.6 0.75 --set dense_share=0.6
-  causal 0.5 0.5
-  causal 0.5-dense-0.25 0.5 --set dense_share=0.25
+  causal 0.9 0.5
+  causal 0.75 0.5
+  causal 0.75 0.6
 } | side_by_side

@@ -44,10 +44,10 @@ def test_what_is_found(family: str, place: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "dense_share", "keep"),
     [
-        ({"keep": 0.75}, 0.5, 0.5),
-        ({"keep": 0.9}, 0.5, 0.8),
-        ({"keep": 0.6}, 0.2, 0.5),
-        ({"keep": 0.4}, 0.0, 0.4),
+        ({"keep": 0.75}, 2 / 3, 0.25),
+        ({"keep": 0.9}, 13 / 15, 0.25),
+        ({"keep": 0.5}, 1 / 3, 0.25),
+        ({"keep": 0.2}, 0.0, 0.2),
         ({"keep": 0.75, "branches": "attention"}, 0.0, 0.5),
         ({"keep": 0.8, "branches": "mlp", "dense_share": 0.2}, 0.2, 0.5),
         ({"loss_tolerance": 0.1}, 0.0, 0.75),

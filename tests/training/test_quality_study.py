@@ -102,17 +102,21 @@ def named(rows: list[Record], method: str, setting: str = "default", seed: int =
 def test_every_method_gets_the_same_batches_and_the_same_start(place, tmp_path, batches):
     methods = (BACKWARD, {"method": "labels-only"}, {"method": "random-blocks", "setting": "0.6", "keep": 0.6})
     truncated = {"method": "truncated", "setting": "0.5", "keep": 0.5}
-    rows = run_study(study(place, tmp_path / "s", *methods, truncated, seeds=[0, 1]))
+    stopped = {"method": "stopped", "setting": "0.75", "keep": 0.75}
+    rows = run_study(study(place, tmp_path / "s", *methods, truncated, stopped, seeds=[0, 1]))
     runs_of_seed = [batches[i::2] for i in range(2)]
     for seed in range(2):
-        first, *others, cut = runs_of_seed[seed]
+        first, *others, cut, short_run = runs_of_seed[seed]
         assert len(first) == 4
+        assert short_run == first[:3]
         assert all(other == first for other in others)
         assert all(
             long[-len(short) :] == short and len(short) < len(long) for short, long in zip(cut, first, strict=True)
         )
     assert runs_of_seed[0][0] != runs_of_seed[1][0]
-    assert len(rows) == 5 * 2
+    assert len(rows) == 6 * 2
+    assert named(rows, "stopped", "0.75").keep == 0.75
+    assert 0 < named(rows, "stopped", "0.75").gain_retained != 1
     assert len({row.loss_before for row in rows}) == 1
     assert all(row.gain_retained == 1.0 for row in rows if row.method == "lora+ckpt")
     assert named(rows, "labels-only").keep < 1.0
@@ -272,6 +276,7 @@ def _die(job: Any) -> None:
         ("task: {kind: sft, lenghts: [8]}", "task.lenghts; did you mean task.lengths"),
         ("task: {kind: sft}\nmethods: [{method: lemo-backward}]", r"methods\[0\].*needs it"),
         ("task: {kind: sft}\nmethods: [{method: truncated}]", "needs a keep"),
+        ("task: {kind: sft}\nmethods: [{method: stopped, keep: 0.5, equal_time: true}]", "steps of stopped are"),
         ("task: {kind: sft}\nmethods: [{method: lemo-backward, sparcity: {}}]", r"methods\[0\].sparcity; did you mean"),
         ("task: {kind: lm}\nmethods: [{method: labels-only}]", "leaves nothing out"),
         ("task: {kind: sft}\nmethods: [{method: longlora}, {method: longlora}]", "name the settings apart"),

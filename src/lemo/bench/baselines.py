@@ -1,4 +1,4 @@
-"""Baselines that lemo is compared with: LongLoRA's shifted attention, and sequences cut short.
+"""Baselines that lemo is compared with: LongLoRA's shifted attention, sequences cut short, and runs that end early.
 
 Shapes: B batch, T tokens, H query heads, K key/value heads, d head size.
 """
@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -167,3 +168,18 @@ def _truncated(row: Any, keep: float, seed: int) -> dict[str, Any]:
     if all(label == IGNORED for label in labels):
         raise ValueError(f"{name}: no label is left in the {kept} tokens kept of {T}; label the end, or every token")
     return {"input_ids": ids, "labels": labels, "name": name}
+
+
+class StopEarly(TrainerCallback):
+    """Ends a run after a share of its steps, whose learning rates stay those of the whole run.
+
+    Args:
+        share: of the steps, in (0, 1]; rounded up.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the optimizer step."""
+        control.should_training_stop |= state.global_step >= self.share * state.max_steps

@@ -81,12 +81,14 @@ class MethodConfig(Frozen):
             `longlora`: LongLoRA's shifted attention while training, in `groups`.
             `truncated`: ordinary LoRA on sequences cut to the share `keep` of their tokens (the last ones; a random
             stretch where every token is labelled).
+            `stopped`: ordinary LoRA that ends after the share `keep` of its steps, in the middle of its schedule: what
+            the passes so far came to, for methods whose first passes run dense.
             `labels-only`: no gradient through the prompt: only blocks with labels, no gradients into other keys.
             `random-blocks`: as lemo-backward with the share `keep`, blocks drawn at random in each layer.
             `lemo-backward`, `lemo-segments`, `lemo-forward`: as `sparsity` says; `lemo-attend` and those with
             `+attend`: with `sparsity.attend`.
         setting: names the row's knobs; unique among the rows of one method. `default` is the product's default.
-        keep: `truncated` and `random-blocks`: share of tokens.
+        keep: `truncated` and `random-blocks`: share of tokens; `stopped`: of steps.
         groups: `longlora`: how many a sequence is cut into; None for the paper's four.
         sparsity: the lemo methods' settings.
         learning_rate: in place of `training.learning_rate`.
@@ -99,6 +101,7 @@ class MethodConfig(Frozen):
         "lora+ckpt",
         "longlora",
         "truncated",
+        "stopped",
         "labels-only",
         "random-blocks",
         "lemo-backward",
@@ -119,10 +122,12 @@ class MethodConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> MethodConfig:
-        takes_keep = self.method in ("truncated", "random-blocks")
+        takes_keep = self.method in ("truncated", "stopped", "random-blocks")
         if takes_keep != (self.keep is not None):
             raise ValueError(f"{self.method} {'needs a' if takes_keep else 'takes no'} keep of its own")
         refuse_other_groups(self.method, self.groups)
+        if self.method == "stopped" and (self.timed or self.equal_time):
+            raise ValueError("steps of stopped are the baseline's; leave timed and equal_time out")
         if self.method.startswith("lemo-") != (self.sparsity is not None):
             raise ValueError(f"sparsity belongs to the lemo methods, and each needs it (here: {self.method})")
         if self.sparsity is not None:

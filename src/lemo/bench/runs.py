@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from lemo.bench.baselines import shift_attention, truncate_rows
+from lemo.bench.baselines import StopEarly, shift_attention, truncate_rows
 from lemo.bench.config import GROUPS, MethodConfig, QualityConfig
 from lemo.bench.cost import grouped_work
 from lemo.bench.tasks import Task
@@ -54,7 +54,8 @@ class Trained:
 
     Attributes:
         after: the dense model's judgement; `after_sparse`: with blocks left out as in training (`forward` only).
-        keep, fidelity: means over steps and layers; of truncated sequences, the share of tokens.
+        keep, fidelity: means over steps and layers; of truncated sequences, the share of tokens, and of a run that was
+            stopped, of steps.
         density: of causal attention, mean over steps and layers; None where queries see everything.
         step_s: seconds of each step.
     """
@@ -162,10 +163,11 @@ class Laboratory:
                 with sparse_evaluation(model):
                     after_sparse = self._judge(model, collate)
             sums = totals(metrics)
+            done = len(metrics) / steps
             return Trained(
                 after=self._judge(model, collate),
                 after_sparse=after_sparse,
-                keep=sums["keep_mean"] * self._share(method),
+                keep=sums["keep_mean"] * self._share(method) * done,
                 fidelity=sums["fidelity_mean"],
                 density=grouped_work(method.groups or GROUPS) if method.method == "longlora" else sums["density_mean"],
                 peak_gib=sums["peak_gib"],
@@ -220,6 +222,9 @@ class Laboratory:
                 train_dataset=self._rows(method),
                 data_collator=collate,
             )
+            if method.method == "stopped":
+                assert method.keep is not None, "MethodConfig asks for it"
+                trainer.add_callback(StopEarly(method.keep))
             try:
                 with attention_for(base.config, self.study.task.max_tokens):
                     trainer.train()

@@ -12,6 +12,9 @@ from lemo.config import DataConfig, Frozen, ModelConfig, Score, Share
 from lemo.config_io import flags, load
 from lemo.selection.predictor_config import PredictorConfig
 
+# What passes that leave blocks out keep by default (docs/decisions/0010).
+_SPARSE_KEEP = 0.25
+
 
 class CalibrationConfig(Frozen):
     """One run of `lemo calibrate`: a YAML file plus `--set key=value`.
@@ -25,8 +28,7 @@ class CalibrationConfig(Frozen):
         branches: which branches may leave blocks out.
         keep: average share of the blocks kept, over both branches of all layers and all training passes.
         dense_share: share of the training passes that are to run dense; they count in `keep`, so the others leave out
-            more. Default: half, or less where `keep` leaves the others under half; none with `loss_tolerance` or one
-            branch alone.
+            more. Default: as many as let the others keep a quarter; none with `loss_tolerance` or one branch alone.
         loss_tolerance: in place of `keep`: as few blocks as raise the loss on the held-out sample by at most so much
             (nats a token).
         allocation: how keep is shared out among branches and layers. `curves`: from each one's cost at some levels,
@@ -78,7 +80,7 @@ class CalibrationConfig(Frozen):
         if self.dense_share is not None:
             return self.dense_share
         alone = self.branches != "both" or self.loss_tolerance is not None
-        return 0.0 if alone else min(0.5, max(0.0, 2 * self.keep - 1))
+        return 0.0 if alone else max(0.0, (self.keep - _SPARSE_KEEP) / (1 - _SPARSE_KEEP))
 
     @property
     def keep_of_unit(self) -> float:

@@ -33,6 +33,7 @@ _LOOKS = dict(
             (MUTED, "P"),
             (drawing.SIXTH, "^"),
             (drawing.FOURTH, "D"),
+            (MUTED, "d"),
             (drawing.FIFTH, "p"),
         ),
         strict=True,

@@ -29,6 +29,7 @@ METHODS = (
     "random-blocks",
     "labels-only",
     "truncated",
+    "stopped",
     "longlora",
 )
 TASKS = ("sft", "lm", "retrieval", "extension")
