@@ -223,7 +223,7 @@ def _perplexities(results: Path) -> Iterator[Sequence[str]]:
         "three quarters kept, calibrated": ("forward-lm", "curves, both, 0.75"),
         "the same, half of the passes dense": (
             "forward-lm",
-            "curves, both, 0.75: half dense at random, bypasses train",
+            "curves, both, 0.75: half dense first, bypasses train",
         ),
         "nine tenths kept, calibrated": ("forward-lm", "curves, both, 0.9"),
     }
