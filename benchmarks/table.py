@@ -33,6 +33,7 @@ SHOWN = {
     "lemo-forward": r"(.*\D)?0\.5",
     "labels-only": ".*",
     "truncated": ".*",
+    "stopped": ".*",
     "longlora": ".*",
 }
 

@@ -27,6 +27,7 @@ SFT: tuple[tuple[str, str, float, float | None, float, float, float, int], ...] 
     ("labels-only", "default", 0.06, 0.85, 0.91, 380.0, 0.87, 5),
     ("truncated", "keep 0.25", 0.25, None, 0.62, 150.0, 0.5, 5),
     ("truncated", "keep 0.5", 0.5, None, 0.8, 280.0, 0.7, 5),
+    ("stopped", "0.75", 0.75, None, 0.97, 540.0, 0.96, 5),
     ("longlora", "default", 1.0, None, 0.88, 560.0, 0.97, 1),
 )
 RETRIEVAL = tuple(

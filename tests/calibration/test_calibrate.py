@@ -48,6 +48,7 @@ def test_what_is_found(family: str, place: Any) -> None:
         ({"keep": 0.9}, 13 / 15, 0.25),
         ({"keep": 0.5}, 1 / 3, 0.25),
         ({"keep": 0.2}, 0.0, 0.2),
+        ({"keep": 1.0}, 0.0, 1.0),
         ({"keep": 0.75, "branches": "attention"}, 0.0, 0.5),
         ({"keep": 0.8, "branches": "mlp", "dense_share": 0.2}, 0.2, 0.5),
         ({"loss_tolerance": 0.1}, 0.0, 0.75),
@@ -91,7 +92,7 @@ def test_other_ways(family: str, changes: list[str], place: Any, tmp_path: Path)
 
 def test_an_interrupted_calibration_goes_on(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read_calibration(place.calibration("llama")).facts
-    config = place.config("llama", tmp_path / "c")
+    config = place.config("llama", tmp_path / "c", "dense_share=0.5")
     calls = 0
     append = judging._append
 
@@ -115,7 +116,7 @@ def test_an_interrupted_calibration_goes_on(place: Any, tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="not empty"):
         calibrate(config)
     with pytest.raises(UserError, match="keep differ"):
-        calibrate(place.config("llama", tmp_path / "c", "keep=0.5"), resume=True)
+        calibrate(place.config("llama", tmp_path / "c", "keep=0.6", "dense_share=0.5"), resume=True)
     fitted = load_file(tmp_path / "c" / "fitted.safetensors")
     found = calibrate(config, resume=True)
     for name, branch in found.facts.branches.items():
@@ -136,7 +137,7 @@ def test_another_keep_takes_over_what_was_fitted(place: Any, tmp_path: Path, mon
     monkeypatch.setattr(judging, "_append", lambda *arguments: (written.append(arguments), append(*arguments)))
     found = calibrate(place.config("llama", tmp_path / "a", f"reuse={earlier}", "keep=0.6"))
     assert found.facts.average_keep == pytest.approx(0.6, abs=0.03)
-    # Of 24 costs; thresholds are corrected in eight passes at most.
+    # Of 32 costs; thresholds are corrected in eight passes at most.
     assert len(written) < 12, "costs were measured again"
     assert found.facts.branches["mlp"].cost == old.facts.branches["mlp"].cost
     for key, predictor in found.predictors.items():

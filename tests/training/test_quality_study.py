@@ -276,7 +276,7 @@ def _die(job: Any) -> None:
         ("task: {kind: sft, lenghts: [8]}", "task.lenghts; did you mean task.lengths"),
         ("task: {kind: sft}\nmethods: [{method: lemo-backward}]", r"methods\[0\].*needs it"),
         ("task: {kind: sft}\nmethods: [{method: truncated}]", "needs a keep"),
-        ("task: {kind: sft}\nmethods: [{method: stopped, keep: 0.5, equal_time: true}]", "steps of stopped are"),
+        ("task: {kind: sft}\nmethods: [{method: stopped, keep: 0.5, equal_time: true}]", "takes the baseline's time"),
         ("task: {kind: sft}\nmethods: [{method: lemo-backward, sparcity: {}}]", r"methods\[0\].sparcity; did you mean"),
         ("task: {kind: lm}\nmethods: [{method: labels-only}]", "leaves nothing out"),
         ("task: {kind: sft}\nmethods: [{method: longlora}, {method: longlora}]", "name the settings apart"),

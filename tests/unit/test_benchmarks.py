@@ -100,7 +100,8 @@ def test_the_readmes_quality_table_has_its_rows_and_a_column_a_task():
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[4:]}
     assert list(cells) == [
         "`lora+ckpt`", "`lemo-backward`", "`lemo-segments`, keep 0.25", "`lemo-segments`, keep 0.5",
-        "`lemo-forward`, keep 0.5", "`labels-only`", "`truncated`, keep 0.25", "`truncated`, keep 0.5", "`longlora`",
+        "`lemo-forward`, keep 0.5", "`labels-only`", "`truncated`, keep 0.25", "`truncated`, keep 0.5",
+        "`stopped`, 0.75", "`longlora`",
     ]  # fmt: skip
     assert lines[2].count("|") == 5
     assert cells["`lora+ckpt`"] == ["100%, keep 1.00", "100%, keep 1.00", "0.120 → 0.900 |"]

@@ -174,7 +174,7 @@ class StopEarly(TrainerCallback):
     """Ends a run after a share of its steps, whose learning rates stay those of the whole run.
 
     Args:
-        share: of the steps, in (0, 1]; rounded up.
+        share: of the steps, in (0, 1]; to the nearest, one at least.
     """
 
     def __init__(self, share: float) -> None:
@@ -182,4 +182,4 @@ class StopEarly(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the optimizer step."""
-        control.should_training_stop |= state.global_step >= self.share * state.max_steps
+        control.should_training_stop |= state.global_step >= round(self.share * state.max_steps)

@@ -127,7 +127,7 @@ class MethodConfig(Frozen):
             raise ValueError(f"{self.method} {'needs a' if takes_keep else 'takes no'} keep of its own")
         refuse_other_groups(self.method, self.groups)
         if self.method == "stopped" and (self.timed or self.equal_time):
-            raise ValueError("steps of stopped are the baseline's; leave timed and equal_time out")
+            raise ValueError("a step of stopped takes the baseline's time; leave timed and equal_time out")
         if self.method.startswith("lemo-") != (self.sparsity is not None):
             raise ValueError(f"sparsity belongs to the lemo methods, and each needs it (here: {self.method})")
         if self.sparsity is not None:

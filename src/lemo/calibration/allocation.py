@@ -12,14 +12,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from lemo.calibration.config import LEAST
 from lemo.types import Key
 
-# Shares whose cost is measured, one unit at a time. Under a quarter a branch isn't worth its norm.
-LEVELS = (0.75, 0.5, 0.25)
+# Shares whose cost is measured, one unit at a time.
+LEVELS = (0.75, 0.5, 0.25, LEAST)
 # Algorithm 1: a finite difference takes an eighth of a unit's blocks away.
 DELTA = 0.125
 ROUNDS = 4
-LEAST = 0.125
 
 
 def threshold_of(score: Tensor, edge: Tensor, tokens: Tensor, keep: float) -> float:

@@ -14,6 +14,8 @@ from lemo.selection.predictor_config import PredictorConfig
 
 # What passes that leave blocks out keep by default (docs/decisions/0010).
 _SPARSE_KEEP = 0.25
+# Least share of a branch's blocks that is kept: under an eighth a branch isn't worth its norm.
+LEAST = 0.125
 
 
 class CalibrationConfig(Frozen):
@@ -28,7 +30,7 @@ class CalibrationConfig(Frozen):
         branches: which branches may leave blocks out.
         keep: average share of the blocks kept, over both branches of all layers and all training passes.
         dense_share: share of the training passes that are to run dense; they count in `keep`, so the others leave out
-            more. Default: as many as let the others keep a quarter; none with `loss_tolerance` or one branch alone.
+            more. Default: so many that the others keep a quarter; none with `loss_tolerance` or one branch alone.
         loss_tolerance: in place of `keep`: as few blocks as raise the loss on the held-out sample by at most so much
             (nats a token).
         allocation: how keep is shared out among branches and layers. `curves`: from each one's cost at some levels,
@@ -67,10 +69,11 @@ class CalibrationConfig(Frozen):
             raise ValueError("data.packing has no use in a calibration; leave it out")
         if self.loss_tolerance is not None and self.allocation == "algorithm1":
             raise ValueError("allocation algorithm1 needs an average keep; leave loss_tolerance out")
-        if self.loss_tolerance is None and self.keep_of_unit <= 0:
+        if self.loss_tolerance is None and self.keep_of_unit < LEAST - 1e-9:
             raise ValueError(
                 f"keep {self.keep:g} can't be reached with {self.share_of_dense_passes:g} of the passes dense and "
-                f"branches {self.branches}; raise keep, or lower dense_share"
+                f"branches {self.branches}: a branch keeps {LEAST:g} of its blocks at least; raise keep, or lower "
+                "dense_share"
             )
         return self
 
@@ -79,8 +82,9 @@ class CalibrationConfig(Frozen):
         """`dense_share` with its default filled in."""
         if self.dense_share is not None:
             return self.dense_share
-        alone = self.branches != "both" or self.loss_tolerance is not None
-        return 0.0 if alone else max(0.0, (self.keep - _SPARSE_KEEP) / (1 - _SPARSE_KEEP))
+        if self.branches != "both" or self.loss_tolerance is not None or self.keep == 1.0:
+            return 0.0
+        return max(0.0, (self.keep - _SPARSE_KEEP) / (1 - _SPARSE_KEEP))
 
     @property
     def keep_of_unit(self) -> float:
