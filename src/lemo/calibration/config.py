@@ -70,10 +70,11 @@ class CalibrationConfig(Frozen):
         if self.loss_tolerance is not None and self.allocation == "algorithm1":
             raise ValueError("allocation algorithm1 needs an average keep; leave loss_tolerance out")
         if self.loss_tolerance is None and self.keep_of_unit < LEAST - 1e-9:
+            dense = self.share_of_dense_passes
+            remedy = "raise keep, or lower dense_share" if dense else "raise keep"
             raise ValueError(
-                f"keep {self.keep:g} can't be reached with {self.share_of_dense_passes:g} of the passes dense and "
-                f"branches {self.branches}: a branch keeps {LEAST:g} of its blocks at least; raise keep, or lower "
-                "dense_share"
+                f"keep {self.keep:g} can't be reached with {dense:g} of the passes dense and branches {self.branches}: "
+                f"a branch keeps {LEAST:g} of its blocks at least; {remedy}"
             )
         return self
 
