@@ -221,10 +221,7 @@ def _perplexities(results: Path) -> Iterator[Sequence[str]]:
     settings = {
         "half kept, no calibration": ("quality-lm", HALF),
         "three quarters kept, calibrated": ("forward-lm", "curves, both, 0.75"),
-        "the same, half of the passes dense": (
-            "forward-lm",
-            "curves, both, 0.75: half dense first, bypasses train",
-        ),
+        "the same, half of the passes dense": ("forward-lm", "curves, both, 0.75: half dense first, bypasses train"),
         "nine tenths kept, calibrated": ("forward-lm", "curves, both, 0.9"),
     }
     for words, (name, setting) in settings.items():

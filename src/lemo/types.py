@@ -15,6 +15,18 @@ from torch import Tensor
 Key = tuple[int, str]
 
 
+@dataclass
+class Mean:
+    """Of what was added: a sum, since not everybody collects."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.total += times * value
+        self.count += times
+
+
 @dataclass(frozen=True)
 class SequenceLayout:
     """Documents and blocks of one batch (DESIGN 4.2: blocks count from each document's first real token).

@@ -57,7 +57,7 @@ class Place:
         """A finished calibration's directory, which no test changes."""
         directory = self.root / f"{family}-calibration"
         if not directory.exists():
-            # The others keep half, then: a quarter leaves so little that shares of four layers hardly differ in loss.
+            # The others keep half, then; with the default two thirds short runs would have hardly a sparse pass.
             calibrate(self.config(family, directory, "dense_share=0.5"))
         return directory
 

@@ -225,7 +225,7 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
             f"sparsity.score is {config.score}, but {config.calibration} was calibrated for {facts.score}; set "
             f"sparsity.score={facts.score}, or calibrate again"
         )
-    own = [selection for selection in (config.attention_selection, config.mlp_selection) if selection is not None]
+    own = _own_selections(config)
     if facts.score == "causal" and any(selection.keep for selection in own):
         raise ValueError(
             f"{config.calibration} was calibrated for causal scores, which need thresholds: a keep (top-k) looks ahead "
@@ -243,9 +243,14 @@ def fill_in(config: SparsityConfig, calibration: Calibration) -> SparsityConfig:
     return config.model_copy(update=changes)
 
 
+def _own_selections(config: SparsityConfig) -> list[BranchSelection]:
+    """What the configuration itself says to keep; the calibration's thresholds choose if that is nothing."""
+    return [found for found in (config.attention_selection, config.mlp_selection) if found is not None]
+
+
 def following_of(config: SparsityConfig, calibration: Calibration) -> FollowingThresholds | None:
     """A calibration's thresholds, if it is they that choose; `config` before `fill_in`."""
-    if config.attention_selection is not None or config.mlp_selection is not None:
+    if _own_selections(config):
         return None
     branches = calibration.facts.branches.items()
     return FollowingThresholds(

@@ -27,7 +27,7 @@ from lemo.selection.ranking import plan_from_blocks, plan_of_everything
 from lemo.selection.spans import DrawnSpans, draw_spans
 from lemo.sparse.bypass import Bypass
 from lemo.sparse.view import Rotary
-from lemo.types import SequenceLayout, StepStats, TokenPlan
+from lemo.types import Mean, SequenceLayout, StepStats, TokenPlan
 
 _log = logging.getLogger("lemo")
 
@@ -72,7 +72,7 @@ class BatchState:
     @functools.cached_property
     def least_keep(self) -> float:
         """Share of the tokens in their documents' first and last blocks, which every selection keeps."""
-        layout = self.layout.host or self.layout
+        layout = self.layout.on_host
         return float(layout.block_tokens[layout.edge_block].sum()) / max(1, layout.real_tokens)
 
     def attend_grid(self, attend: Attend, heads: int, window: int | None) -> AttendGrid:
@@ -99,18 +99,6 @@ class BatchState:
             lo, hi = causal_bounds(self.layout, rows, window)
             self.bounds[window] = lo.int(), hi.int()
         return self.bounds[window]
-
-
-@dataclass
-class _Mean:
-    """Of what was added: a sum, since not everybody collects."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, value: float, times: int = 1) -> None:
-        self.total += times * value
-        self.count += times
 
 
 @dataclass
@@ -148,9 +136,9 @@ class Runtime:
     progress: float | None = None
     following: FollowingThresholds | None = None
     placement: Callable[[SequenceLayout, Tensor, int], Tensor] | None = None
-    _keeps: dict[tuple[int, str], _Mean] = field(default_factory=lambda: defaultdict(_Mean))
-    _fidelities: dict[int, _Mean] = field(default_factory=lambda: defaultdict(_Mean))
-    _density: _Mean = field(default_factory=_Mean)
+    _keeps: dict[tuple[int, str], Mean] = field(default_factory=lambda: defaultdict(Mean))
+    _fidelities: dict[int, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    _density: Mean = field(default_factory=Mean)
 
     def begin(self, layout: SequenceLayout, training: bool, targets: Tensor | None) -> BatchState:
         """Starts a forward pass.
@@ -317,7 +305,7 @@ class Runtime:
     def collect(self) -> StepStats:
         """Averages since the last call, then starts anew."""
 
-        def mean(values: _Mean | None, otherwise: Any) -> Any:
+        def mean(values: Mean | None, otherwise: Any) -> Any:
             return values.total / values.count if values is not None and values.count else otherwise
 
         stats = StepStats(
@@ -330,7 +318,7 @@ class Runtime:
         )
         self._keeps.clear()
         self._fidelities.clear()
-        self._density = _Mean()
+        self._density = Mean()
         return stats
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lemo.types import Key
+from lemo.types import Key, Mean
 
 # Of the tensors that a checkpoint holds: the calibrated threshold, and the logarithm of the present one over it.
 SUFFIX = ".threshold"
@@ -30,8 +31,8 @@ class FollowingThresholds:
     calibrated: Mapping[Key, float]
     targets: Mapping[Key, float]
     scales: dict[Key, float] = field(default_factory=dict)
-    # Sum of what passes kept since the last step, and their number.
-    _seen: dict[Key, tuple[float, int]] = field(default_factory=dict)
+    # What passes kept since the last step.
+    _seen: dict[Key, Mean] = field(default_factory=lambda: defaultdict(Mean))
 
     @property
     def followed(self) -> list[Key]:
@@ -53,12 +54,11 @@ class FollowingThresholds:
                 nothing.
         """
         if least < self.targets.get(key, 0.0):
-            total, passes = self._seen.get(key, (0.0, 0))
-            self._seen[key] = total + keep, passes + 1
+            self._seen[key].add(keep)
 
     def take_seen(self) -> Tensor:
         """[followed, 2] fp64 on the CPU: what passes kept since the last call, summed, and their number."""
-        seen = [self._seen.get(key, (0.0, 0)) for key in self.followed]
+        seen = [(self._seen[key].total, self._seen[key].count) for key in self.followed]
         self._seen.clear()
         return torch.tensor(seen, dtype=torch.float64).reshape(-1, 2)
 
